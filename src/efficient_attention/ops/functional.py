@@ -1,0 +1,360 @@
+"""The public functions: documented, checked and defaulted here, once, for every implementation.
+
+Shapes: B batch, H heads, N queries, M keys, Dk key channels, Dv value channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import library, reference
+from .context import Context
+from .planner import OPERATOR_ORDERS, cheapest, operator_costs
+
+__all__ = ["attend", "dot_product_attention", "efficient_attention", "summarize"]
+
+NORMALIZATIONS = ("softmax", "scaling")
+BACKENDS = ("auto", "reference", "blocked")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def efficient_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    normalization: str = "softmax",
+    order: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Global attention with memory and time linear in the number of positions: ``rho_q(Q) (rho_k(K)^T V)``.
+
+    ``normalization="softmax"``: rho_q is a softmax over the channels of each query, rho_k over the positions of
+    each key channel. ``"scaling"``: the products are divided by the number of keys, and the result equals that of
+    dot-product attention with scaling. Positions carry no order: permuting keys and values together changes nothing.
+
+    Args:
+        query: ``[B, H, N, Dk]``, float16, bfloat16, float32 or float64, any strides.
+        key: ``[B, H, M, Dk]``, dtype and device of ``query``.
+        value: ``[B, H, M, Dv]``, dtype and device of ``query``.
+        key_mask: bool, ``[B, M]`` or broadcastable to ``[B, H, M]``; True = attend. Masked positions may hold
+            anything. A query whose every key is masked gets 0. An N x M mask, an additive bias and dropout on the
+            weights have no linear form: there is no N x M map to apply them to.
+        normalization: ``"softmax"`` or ``"scaling"``.
+        order: ``"linear"``, ``"quadratic"`` (``(rho_q(Q) rho_k(K)^T) V``, the same values, cheaper for fewer than
+            about ``2 Dk Dv / (Dk + Dv)`` positions) or ``"auto"``: the one with fewer multiply-adds. A program
+            that is compiled or exported serves every length, so ``"auto"`` is ``"linear"`` there.
+        backend: ``"blocked"`` (bounded memory, any device), ``"reference"`` (the plain equations) or ``"auto"``:
+            what serves the tensors best; second derivatives, forward mode and ``torch.func`` always work.
+
+    Returns:
+        ``[B, H, N, Dv]`` in ``query.dtype``. Sums are kept in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument is not a tensor, or has an unsupported dtype.
+        ValueError: shapes, devices or dtypes do not fit together, or an option is unknown.
+        NotImplementedError: a backend that was named cannot serve the call.
+
+    Example:
+        >>> q, k, v = (torch.randn(2, 8, 4096, 32) for _ in range(3))
+        >>> efficient_attention.efficient_attention(q, k, v).shape
+        torch.Size([2, 8, 4096, 32])
+
+    Paper: Shen et al. 2021, Sec. 3.2.
+    """
+    _check_option("order", order, ("auto", *OPERATOR_ORDERS))
+    _check_option("backend", backend, BACKENDS)
+    _check_option("normalization", normalization, NORMALIZATIONS)
+    query, key, value = _autocast(query, key, value)
+    _check_attention_shapes(query, key, value)
+    if order == "auto":
+        order = _cheapest_order(query, value) if backend != "blocked" else "linear"
+    if order == "linear":
+        context = summarize(
+            key, value, key_mask=key_mask, normalization=normalization, backend=backend
+        )
+        return attend(query, context, normalization=normalization, backend=backend)
+    if backend == "blocked":
+        raise NotImplementedError(
+            "backend='blocked' computes order='linear' only; for order='quadratic' use backend='auto'"
+        )
+    mask = _canonical_mask(key_mask, key)
+    return reference.quadratic(query, key, value, mask, normalization)
+
+
+def summarize(
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    normalization: str = "softmax",
+    backend: str = "auto",
+) -> Context:
+    """Reduce keys and values to their :class:`Context`, ``rho_k(K)^T V``, in one pass: its size is independent of M.
+
+    Contexts of parts of the keys merge into the context of all of them (:meth:`Context.merge`).
+
+    Args:
+        key: ``[B, H, M, Dk]``, float16, bfloat16, float32 or float64, any strides; M may be 0.
+        value: ``[B, H, M, Dv]``, dtype and device of ``key``.
+        key_mask: bool, ``[B, M]`` or broadcastable to ``[B, H, M]``; True = attend.
+        normalization: ``"softmax"`` or ``"scaling"``.
+        backend: as in :func:`efficient_attention`.
+
+    Returns:
+        ``Context(mean [B, H, Dk, Dv], log_weight [B, H, Dk])`` in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`efficient_attention`.
+
+    Example:
+        >>> memory = efficient_attention.summarize(torch.randn(1, 4, 77, 16), torch.randn(1, 4, 77, 16))
+        >>> memory.mean.shape
+        torch.Size([1, 4, 16, 16])
+
+    Paper: Shen et al. 2021, Sec. 3.2; the channels of ``rho_k(K)`` are the template attention maps of Sec. 3.4.
+    """
+    _check_option("backend", backend, BACKENDS)
+    _check_option("normalization", normalization, NORMALIZATIONS)
+    key, value = _autocast(key, value)
+    _check_tensor("key", key)
+    _check_tensor("value", value)
+    _check_like("value", value, "key", key)
+    _check_shape("value", value, (*key.shape[:3], None), "[B, H, M, Dv]", "key's B, H, M")
+    mask = _canonical_mask(key_mask, key)
+    implementation = reference.summarize if _is_plain(backend) else library.summarize
+    return Context(*implementation(key, value, mask, normalization))
+
+
+def attend(
+    query: Tensor,
+    context: Context,
+    *,
+    normalization: str = "softmax",
+    num_groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Let queries attend to a context: ``rho_q(Q) C``, in one pass over the queries.
+
+    Args:
+        query: ``[B, H, N, Dk]``, float16, bfloat16, float32 or float64, any strides; N may be 0.
+        context: as :func:`summarize` returns it, on the device of ``query``.
+        normalization: the one that the context was summarized with.
+        num_groups: the softmax runs within each of this many equal groups of a query's channels. With the contexts
+            of G heads stacked along Dk this returns the sum of the heads' outputs, without ever holding them apart.
+        backend: as in :func:`efficient_attention`.
+
+    Returns:
+        ``[B, H, N, Dv]`` in ``query.dtype``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`efficient_attention`.
+
+    Example:
+        >>> memory = efficient_attention.summarize(torch.randn(1, 4, 77, 16), torch.randn(1, 4, 77, 16))
+        >>> efficient_attention.attend(torch.randn(1, 4, 1000, 16), memory).shape
+        torch.Size([1, 4, 1000, 16])
+
+    Paper: Shen et al. 2021, Sec. 3.2.
+    """
+    _check_option("backend", backend, BACKENDS)
+    _check_option("normalization", normalization, NORMALIZATIONS)
+    (query,) = _autocast(query)
+    _check_tensor("query", query)
+    if not isinstance(context, Context):
+        raise TypeError(f"context must be a Context; got {type(context).__name__}")
+    mean = context.mean
+    _check_shape(
+        "context.mean",
+        mean,
+        (*query.shape[:2], query.shape[3], None),
+        "[B, H, Dk, Dv]",
+        "query's B, H, Dk",
+    )
+    if mean.device != query.device:
+        raise ValueError(f"context must be on query's device {query.device}; got {mean.device}")
+    if num_groups < 1 or query.shape[-1] % num_groups:
+        raise ValueError(
+            f"num_groups must divide query's Dk = {query.shape[-1]}; got {num_groups}"
+        )
+    implementation = reference.attend if _is_plain(backend) else library.attend
+    return implementation(query, mean, normalization, num_groups)
+
+
+def dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    normalization: str = "softmax",
+    scale: float = 1.0,
+) -> Tensor:
+    """The attention that efficient attention replaces, ``rho(Q K^T) V``: the baseline, quadratic in the positions.
+
+    ``normalization="softmax"`` goes through ``F.scaled_dot_product_attention``, so the baseline is the fastest that
+    PyTorch has. ``"scaling"`` divides the products by the number of keys and equals
+    ``efficient_attention(..., normalization="scaling")``.
+
+    Args:
+        query: ``[B, H, N, Dk]``.
+        key: ``[B, H, M, Dk]``, dtype and device of ``query``.
+        value: ``[B, H, M, Dv]``, dtype and device of ``query``.
+        key_mask: bool, ``[B, M]`` or broadcastable to ``[B, H, M]``; True = attend. A query whose every key is
+            masked gets 0.
+        normalization: ``"softmax"`` or ``"scaling"``.
+        scale: factor on ``Q K^T`` before the softmax. 1 is the paper's equation; transformers use ``Dk ** -0.5``.
+
+    Returns:
+        ``[B, H, N, Dv]`` in ``query.dtype``.
+
+    Raises:
+        TypeError, ValueError: as :func:`efficient_attention`; ValueError also for ``scale`` with ``"scaling"``.
+
+    Example:
+        >>> q, k, v = (torch.randn(2, 8, 256, 32) for _ in range(3))
+        >>> efficient_attention.dot_product_attention(q, k, v).shape
+        torch.Size([2, 8, 256, 32])
+
+    Paper: Shen et al. 2021, Sec. 3.1.
+    """
+    _check_option("normalization", normalization, NORMALIZATIONS)
+    if normalization == "scaling" and scale != 1.0:
+        raise ValueError(f"scale must be 1 with normalization='scaling'; got {scale}")
+    query, key, value = _autocast(query, key, value)
+    _check_attention_shapes(query, key, value)
+    mask = _canonical_mask(key_mask, key)
+    if mask is not None:
+        key = key.masked_fill(~mask.unsqueeze(-1), 0)
+        value = value.masked_fill(~mask.unsqueeze(-1), 0)
+    if normalization == "scaling":
+        count = key.shape[-2] if mask is None else mask.sum(-1)[..., None, None]
+        count = torch.as_tensor(count, device=key.device).clamp(min=1)
+        return (query @ (key / count).to(key.dtype).mT) @ value
+    return _fused_softmax_attention(query, key, value, mask, scale)
+
+
+def _fused_softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    # The fused kernels want unit strides and Dk = Dv, and take an N x M map without a word where they get neither;
+    # channels of zeros change no product.
+    value_channels = value.shape[-1]
+    channels = max(key.shape[-1], value_channels)
+    query, key, value = (
+        F.pad(x, (0, channels - x.shape[-1])).contiguous() for x in (query, key, value)
+    )
+    attended = None
+    if mask is not None:
+        # A row of which nothing is left attends to zeros, which its keys and values are.
+        mask = mask | ~mask.any(-1, keepdim=True)
+        attended = mask.unsqueeze(-2)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attended, scale=scale)
+    return output[..., :value_channels]
+
+
+def _cheapest_order(query: Tensor, value: Tensor) -> str:
+    if torch.compiler.is_compiling():
+        return "linear"
+    batch, heads, queries, key_channels = query.shape
+    costs = operator_costs(
+        queries=queries,
+        keys=value.shape[2],
+        key_channels=key_channels,
+        value_channels=value.shape[3],
+        batch=batch,
+        heads=heads,
+        itemsize=query.element_size(),
+    )
+    return cheapest(costs)
+
+
+def _is_plain(backend: str) -> bool:
+    """Whether the plain equations serve the call; an error if a backend was named that cannot."""
+    if backend == "reference":
+        return True
+    reason = library.serves_plain_tensors_only()
+    if reason is not None and backend != "auto":
+        raise NotImplementedError(f"backend={backend!r}: {reason}; use backend='auto'")
+    # An exported program must run where this package is not installed.
+    return reason is not None or (backend == "auto" and torch.compiler.is_exporting())
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts the inputs of ``F.scaled_dot_product_attention``."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype in DTYPES and x.dtype != torch.float64 else x
+        for x in tensors
+    )
+
+
+def _canonical_mask(key_mask: Tensor | None, key: Tensor) -> Tensor | None:
+    """``key_mask`` as ``[B or 1, H or 1, M]``."""
+    if key_mask is None:
+        return None
+    batch, heads, keys, _ = key.shape
+    expected = f"bool [B, M] or broadcastable to [B, H, M] = {(batch, heads, keys)}"
+    if not isinstance(key_mask, Tensor):
+        raise TypeError(f"key_mask must be a tensor, {expected}; got {type(key_mask).__name__}")
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"key_mask must be {expected}; got {key_mask.dtype}")
+    if key_mask.device != key.device:
+        raise ValueError(f"key_mask must be on key's device {key.device}; got {key_mask.device}")
+    mask = key_mask.unsqueeze(1) if key_mask.dim() == 2 else key_mask
+    mask = mask.reshape((1,) * (3 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 3 else mask
+    fits = mask.dim() == 3 and all(
+        size == whole or (size == 1 and not last)
+        for size, whole, last in zip(mask.shape, (batch, heads, keys), (False, False, True), strict=True)
+    )
+    if not fits:
+        raise ValueError(f"key_mask must be {expected}; got shape {tuple(key_mask.shape)}")
+    return mask
+
+
+def _check_option(name: str, got: str, valid: tuple[str, ...]) -> None:
+    if got not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}; got {got!r}")
+
+
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor [B, H, positions, channels]; got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        valid = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} must have dtype {valid}; got {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have shape [B, H, positions, channels]; got {tuple(x.shape)}")
+
+
+def _check_like(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.dtype != like.dtype or x.device != like.device:
+        raise ValueError(
+            f"{name} must have {like_name}'s dtype and device {like.dtype} {like.device}; got {x.dtype} {x.device}"
+        )
+
+
+def _check_shape(
+    name: str, x: Tensor, expected: tuple[int | None, ...], letters: str, like: str
+) -> None:
+    if x.dim() != 4 or any(e is not None and e != got for e, got in zip(expected, x.shape, strict=True)):
+        known = tuple(e for e in expected if e is not None)
+        raise ValueError(
+            f"{name} must have shape {letters} matching {like} = {known}; got {tuple(x.shape)}"
+        )
+
+
+def _check_attention_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _check_tensor(name, x)
+    for name, x in (("key", key), ("value", value)):
+        _check_like(name, x, "query", query)
+    b, h, _, dk = query.shape
+    _check_shape("key", key, (b, h, None, dk), "[B, H, M, Dk]", "query's B, H, Dk")
+    _check_shape("value", value, (*key.shape[:3], None), "[B, H, M, Dv]", "key's B, H, M")

@@ -1,0 +1,26 @@
+"""Types and memory layouts that every implementation of the operators agrees on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and contexts: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_channel_major(x: Tensor) -> bool:
+    """Whether the positions of one channel are neighbours in memory, as in a flattened ``[B, C, H, W]`` map."""
+    return x.shape[-1] != 1 and x.stride(-1) != 1 and x.stride(-2) == 1
+
+
+def empty_output(query: Tensor, value_channels: int) -> Tensor:
+    """Memory for ``[B, H, N, Dv]`` laid out as the query is, so that callers undo their views without a copy."""
+    batch, heads, queries, _ = query.shape
+    if is_channel_major(query):
+        return query.new_empty(batch, heads, value_channels, queries).transpose(-1, -2)
+    if heads > 1 and query.stride(1) < query.stride(2):  # [B, N, H * Dk] split into heads
+        return query.new_empty(batch, queries, heads, value_channels).transpose(1, 2)
+    return query.new_empty(batch, heads, queries, value_channels)

@@ -1,0 +1,185 @@
+"""The private operators: schemas, shapes, gradients and costs, for PyTorch's dispatcher, compiler and exporters.
+
+``torch.ops.efficient_attention.{summarize, attend}`` and their backwards are the seam between the public functions
+and the implementations; the dispatcher picks one by device. Arguments arrive checked by functional.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import blocked, reference
+from .layout import accumulation_dtype, empty_output
+
+_LIBRARY = torch.library.Library("efficient_attention", "DEF")
+_SCHEMAS = {
+    "summarize": "(Tensor key, Tensor value, Tensor? key_mask, str normalization) -> (Tensor mean, Tensor log_weight)",
+    "summarize_backward": "(Tensor d_mean, Tensor? d_log_weight, Tensor key, Tensor value, Tensor? key_mask, "
+    "Tensor mean, Tensor log_weight, str normalization) -> (Tensor d_key, Tensor d_value)",
+    "attend": "(Tensor query, Tensor mean, str normalization, int num_groups) -> Tensor output",
+    "attend_backward": "(Tensor d_output, Tensor query, Tensor mean, str normalization, int num_groups) "
+    "-> (Tensor d_query, Tensor d_mean)",
+}
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_ops = torch.ops.efficient_attention
+summarize = _ops.summarize.default
+summarize_backward = _ops.summarize_backward.default
+attend = _ops.attend.default
+attend_backward = _ops.attend_backward.default
+
+
+def serves_plain_tensors_only() -> str | None:
+    """Why the operators cannot serve the call in progress, or ``None`` if they can.
+
+    Under forward-mode differentiation and the transforms of ``torch.func`` tensors carry more than their values;
+    only the plain equations follow them there. (A compiled or exported program is traced before either applies.)
+    """
+    if torch.compiler.is_compiling():
+        return None
+    # torch.autograd.Function asks the same question by the same private name.
+    if torch._C._are_functorch_transforms_active():
+        return "it cannot run inside a transform of torch.func (vmap, grad, jvp, ...)"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "it has no forward-mode derivative"
+    return None
+
+
+def _in_own_precision(kernel: Callable) -> Callable:
+    """Keep an active autocast from choosing the precision of the products inside a kernel."""
+
+    @functools.wraps(kernel)
+    def guarded(x: Tensor, *args):
+        if not torch.is_autocast_enabled(x.device.type):
+            return kernel(x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return kernel(x, *args)
+
+    return guarded
+
+
+for _name in _SCHEMAS:
+    _kernel = _in_own_precision(getattr(blocked, _name))
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("efficient_attention::summarize", lib=_LIBRARY)
+def _(key, value, key_mask, normalization):
+    batch, heads, _, key_channels = key.shape
+    dtype = accumulation_dtype(key.dtype)
+    mean = key.new_empty(batch, heads, key_channels, value.shape[-1], dtype=dtype)
+    return mean, key.new_empty(batch, heads, key_channels, dtype=dtype)
+
+
+@torch.library.register_fake("efficient_attention::summarize_backward", lib=_LIBRARY)
+def _(d_mean, d_log_weight, key, value, key_mask, mean, log_weight, normalization):
+    return torch.empty_like(key), torch.empty_like(value)
+
+
+@torch.library.register_fake("efficient_attention::attend", lib=_LIBRARY)
+def _(query, mean, normalization, num_groups):
+    return empty_output(query, mean.shape[-1])
+
+
+@torch.library.register_fake("efficient_attention::attend_backward", lib=_LIBRARY)
+def _(d_output, query, mean, normalization, num_groups):
+    return torch.empty_like(query), torch.empty_like(mean)
+
+
+class _Summarize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, key, value, key_mask, normalization):
+        with torch._C._AutoDispatchBelowAutograd():
+            mean, log_weight = summarize(key, value, key_mask, normalization)
+        ctx.save_for_backward(key, value, key_mask, mean, log_weight)
+        ctx.normalization = normalization
+        ctx.set_materialize_grads(False)
+        return mean, log_weight
+
+    @staticmethod
+    def backward(ctx, d_mean, d_log_weight):
+        key, value, key_mask, mean, log_weight = ctx.saved_tensors
+        d_mean = torch.zeros_like(mean) if d_mean is None else d_mean
+        if torch.is_grad_enabled():  # the gradient itself will be differentiated
+            d_log_weight = torch.zeros_like(log_weight) if d_log_weight is None else d_log_weight
+            d_key, d_value = _pull_back(
+                lambda k, v: reference.summarize(k, v, key_mask, ctx.normalization),
+                (key, value),
+                (d_mean, d_log_weight),
+            )
+        else:
+            d_key, d_value = summarize_backward(
+                d_mean, d_log_weight, key, value, key_mask, mean, log_weight, ctx.normalization
+            )
+        return d_key, d_value, None, None
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, mean, normalization, num_groups):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = attend(query, mean, normalization, num_groups)
+        ctx.save_for_backward(query, mean)
+        ctx.options = (normalization, num_groups)
+        return output
+
+    @staticmethod
+    def backward(ctx, d_output):
+        query, mean = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient itself will be differentiated
+            d_query, d_mean = _pull_back(
+                lambda q, c: reference.attend(q, c, *ctx.options), (query, mean), d_output
+            )
+        else:
+            d_query, d_mean = attend_backward(d_output, query, mean, *ctx.options)
+        return d_query, d_mean, None, None
+
+
+def _pull_back(function: Callable, inputs: tuple, d_outputs) -> tuple[Tensor, ...]:
+    _, pull = torch.func.vjp(function, *inputs)
+    return pull(d_outputs)
+
+
+def _differentiable(operator: Callable, function: type[torch.autograd.Function]) -> Callable:
+    def dispatch(first: Tensor, second: Tensor, *args):
+        if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
+            return function.apply(first, second, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(first, second, *args)
+
+    return dispatch
+
+
+_LIBRARY.impl("summarize", _differentiable(summarize, _Summarize), "Autograd")
+_LIBRARY.impl("attend", _differentiable(attend, _Attend), "Autograd")
+
+
+# Two operations for each multiply-add, as the other formulas of torch.utils.flop_counter count.
+@register_flop_formula(_ops.summarize)
+def _(key_shape, value_shape, *args, **kwargs) -> int:
+    batch, heads, keys, key_channels = key_shape
+    return 2 * batch * heads * keys * key_channels * value_shape[-1]
+
+
+@register_flop_formula(_ops.summarize_backward)
+def _(d_mean_shape, d_log_weight_shape, key_shape, *args, **kwargs) -> int:
+    batch, heads, keys, key_channels = key_shape
+    return 4 * batch * heads * keys * key_channels * d_mean_shape[-1]
+
+
+@register_flop_formula(_ops.attend)
+def _(query_shape, mean_shape, *args, **kwargs) -> int:
+    batch, heads, queries, key_channels = query_shape
+    return 2 * batch * heads * queries * key_channels * mean_shape[-1]
+
+
+@register_flop_formula(_ops.attend_backward)
+def _(d_output_shape, query_shape, mean_shape, *args, **kwargs) -> int:
+    batch, heads, queries, key_channels = query_shape
+    return 4 * batch * heads * queries * key_channels * mean_shape[-1]

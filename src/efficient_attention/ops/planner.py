@@ -1,0 +1,179 @@
+"""What every exact order of the computation costs, and which is the cheapest.
+
+The product ``rho_q(Q) rho_k(K)^T V`` is associative and its projections are linear, so the same map can be
+computed in several orders. This file counts; it computes nothing and knows no tensors. Counts are Python integers.
+
+========== ================================================= ============================================
+order      operator                                          module, on top
+========== ================================================= ============================================
+linear     ``Q (K^T V)``                                     project to values, attend, reproject
+quadratic  ``(Q K^T) V``                                     the same
+folded     (linear)                                          ``Q [((K^T X) Wv) Wo]``: values and attended
+                                                             values never exist
+========== ================================================= ============================================
+
+``folded_values`` and ``folded_output`` fold one side only. Paper: Sec. 3.2 (linear order), Sec. 3.3 (equivalence).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+OPERATOR_ORDERS = ("linear", "quadratic")
+MODULE_ORDERS = ("linear", "quadratic", "folded_values", "folded_output", "folded")
+
+# A block of the blocked path stays in the cache of one core, and is long enough for its products to be efficient.
+BLOCK_BYTES = 4 << 20
+SHORTEST_BLOCK = 256
+
+
+class Cost(NamedTuple):
+    """What one order costs.
+
+    Attributes:
+        multiply_adds: multiply-accumulate operations of the products; the softmaxes are the same in every order.
+        bytes: the most that intermediate tensors hold at one time in a forward pass without gradients; the inputs,
+            the output and the parameters, which every order has, are not counted.
+    """
+
+    multiply_adds: int
+    bytes: int
+
+
+def operator_costs(
+    *,
+    queries: int,
+    keys: int,
+    key_channels: int,
+    value_channels: int,
+    batch: int = 1,
+    heads: int = 1,
+    itemsize: int = 4,
+) -> dict[str, Cost]:
+    """The cost of every order of :func:`efficient_attention`.
+
+    Args:
+        queries: N, the number of query positions.
+        keys: M, the number of key positions.
+        key_channels: Dk of one head.
+        value_channels: Dv of one head.
+        batch: B.
+        heads: H.
+        itemsize: bytes of one stored number (sums and contexts always take at least 4).
+
+    Example:
+        >>> costs = operator_costs(queries=4096, keys=4096, key_channels=64, value_channels=64)
+        >>> costs["quadratic"].multiply_adds // costs["linear"].multiply_adds
+        64
+    """
+    maps = batch * heads
+    sums = max(itemsize, 4)
+    context = key_channels * (value_channels + 1)
+    weights = keys * queries + (keys + queries) * key_channels
+    return {
+        "linear": Cost(
+            maps * (queries + keys) * key_channels * value_channels,
+            maps * context * sums,
+        ),
+        "quadratic": Cost(
+            maps * queries * keys * (key_channels + value_channels),
+            maps * weights * sums,
+        ),
+    }
+
+
+def module_costs(
+    *,
+    queries: int,
+    keys: int,
+    in_channels: int,
+    key_channels: int,
+    value_channels: int,
+    source_channels: int | None = None,
+    batch: int = 1,
+    heads: int = 1,
+    itemsize: int = 4,
+) -> dict[str, Cost]:
+    """The cost of every order of a module: projections, attention and reprojection.
+
+    Args:
+        queries: N, the number of positions that attend.
+        keys: M, the number of positions that are attended to.
+        in_channels: C, channels of the positions that attend, and of the output.
+        key_channels: Dk of all heads together.
+        value_channels: Dv of all heads together.
+        source_channels: channels of the positions that are attended to; ``None``: ``in_channels``.
+        batch: B.
+        heads: H.
+        itemsize: bytes of one stored number.
+
+    Example:
+        >>> costs = module_costs(queries=65536, keys=65536, in_channels=256, key_channels=128, value_channels=256)
+        >>> round(costs["linear"].multiply_adds / costs["folded"].multiply_adds, 1)
+        2.0
+    """
+    c, dk, dv = in_channels, key_channels, value_channels
+    s = c if source_channels is None else source_channels
+    sums = max(itemsize, 4)
+    head = dv // heads  # value channels that a key channel meets
+
+    projected = queries * c * dk + keys * s * dk  # queries and keys, in every order
+    values_in_memory = (keys * s * dv + keys * dk * head, keys * (dk + dv) * itemsize, 0)
+    values_folded = (keys * dk * s + dk * s * head, keys * dk * itemsize, dk * s * sums)
+    output_in_memory = (queries * dk * head + queries * dv * c, queries * (dk + dv) * itemsize, 0)
+    output_folded = (dk * head * c + queries * dk * c, queries * dk * itemsize, dk * c * sums)
+
+    def linear(
+        key_side: tuple[int, int, int], query_side: tuple[int, int, int]
+    ) -> Cost:
+        # The key side is done with when the query side begins; only contexts pass from one to the other.
+        context = dk * (head + 1) * sums
+        alive = max(key_side[1] + key_side[2], query_side[1] + query_side[2]) + context
+        return Cost(batch * (projected + key_side[0] + query_side[0]), batch * alive)
+
+    attention = queries * keys * (dk + dv)
+    everything = (keys * (dk + dv) + queries * (dk + dv)) * itemsize
+    weights = (heads * queries * keys + (queries + keys) * dk) * sums
+    return {
+        "linear": linear(values_in_memory, output_in_memory),
+        "quadratic": Cost(
+            batch * (projected + keys * s * dv + attention + queries * dv * c),
+            batch * (everything + weights),
+        ),
+        "folded_values": linear(values_folded, output_in_memory),
+        "folded_output": linear(values_in_memory, output_folded),
+        "folded": linear(values_folded, output_folded),
+    }
+
+
+def cheapest(costs: Mapping[str, Cost], among: Collection[str] | None = None) -> str:
+    """The order with the fewest multiply-adds; of equals, the one with the fewest bytes.
+
+    Example:
+        >>> cheapest(operator_costs(queries=32, keys=32, key_channels=64, value_channels=64))
+        'quadratic'
+    """
+    candidates = [name for name in costs if among is None or name in among]
+    return min(candidates, key=lambda name: costs[name])
+
+
+def crossover(key_channels: int, value_channels: int) -> float:
+    """``2 Dk Dv / (Dk + Dv)``: with N = M positions the quadratic order is cheaper below this length, per head.
+
+    Example:
+        >>> crossover(64, 64)
+        64.0
+    """
+    return 2 * key_channels * value_channels / (key_channels + value_channels)
+
+
+def block_length(heads: int, channels: int) -> int:
+    """Positions in one block of the blocked path: a power of two that depends on neither batch nor length."""
+    affordable = BLOCK_BYTES // (4 * max(1, heads * channels))
+    return max(SHORTEST_BLOCK, 1 << max(0, affordable.bit_length() - 1))
+
+
+def rows_per_block(heads: int, positions: int, channels: int) -> int:
+    """Samples of the batch that the blocked path takes together."""
+    return max(1, BLOCK_BYTES // (4 * max(1, heads * positions * channels)))

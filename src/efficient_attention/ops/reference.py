@@ -1,0 +1,109 @@
+"""The oracle: the paper's equations in plain PyTorch, differentiable to any order and under any transform.
+
+It shares no code with the fast implementations that are tested against it. Arguments arrive checked and
+defaulted by functional.py. Shapes: B batch, H heads, N queries, M keys, Dk key channels, Dv value channels.
+``key_mask`` is bool, broadcastable to ``[B, H, M]``, True = attend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def summarize(
+    key: Tensor, value: Tensor, key_mask: Tensor | None, normalization: str
+) -> tuple[Tensor, Tensor]:
+    """``rho_k(K)^T V`` and the logarithm of its total weight: ``[B, H, Dk, Dv]``, ``[B, H, Dk]``."""
+    weights, log_weight = normalized_keys(key, key_mask, normalization)  # [B, H, M, Dk], [B, H, Dk]
+    mean = matmul(weights.transpose(-1, -2), _attended(_accumulable(value), key_mask))
+    return mean, log_weight
+
+
+def attend(query: Tensor, mean: Tensor, normalization: str, num_groups: int = 1) -> Tensor:
+    """``rho_q(Q) C`` for a context C, ``[B, H, N, Dv]``; queries normalized within groups of channels."""
+    groups = query.unflatten(-1, (num_groups, -1))  # [B, H, N, groups, Dk / groups]
+    weights = normalized_queries(groups, normalization).flatten(-2)
+    return matmul(weights, mean).to(query.dtype)
+
+
+def quadratic(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, normalization: str
+) -> Tensor:
+    """The same map with the product taken in the other order, ``(rho_q(Q) rho_k(K)^T) V``: O(N M)."""
+    weights = attention_weights(query, key, key_mask, normalization)
+    return matmul(weights, _attended(_accumulable(value), key_mask)).to(query.dtype)
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, key_mask: Tensor | None, normalization: str
+) -> Tensor:
+    """``rho_q(Q) rho_k(K)^T``: what every query takes from every position, ``[B, H, N, M]``."""
+    keys, _ = normalized_keys(key, key_mask, normalization)
+    return matmul(normalized_queries(query, normalization), keys.transpose(-1, -2))
+
+
+def normalized_queries(query: Tensor, normalization: str) -> Tensor:
+    """``rho_q(Q)``: softmax over the channels of a query, or Q itself (all the scaling is on the keys' side)."""
+    query = _accumulable(query)
+    return query.softmax(-1) if normalization == "softmax" else query
+
+
+def normalized_keys(
+    key: Tensor, key_mask: Tensor | None, normalization: str
+) -> tuple[Tensor, Tensor]:
+    """``rho_k(K)``: softmax over positions, or K / M; and the logarithm of what it was divided by."""
+    key = _accumulable(key)
+    attended = None if key_mask is None else key_mask.unsqueeze(-1)  # [B, H, M, 1]
+    if normalization == "scaling":
+        key = _attended(key, key_mask)
+        if attended is None:
+            count = torch.full_like(key[:, :, :1], key.shape[-2])
+        else:
+            count = attended.to(key.dtype).sum(-2, keepdim=True).expand_as(key[:, :, :1])
+        return key / count.clamp(min=1), count.log().squeeze(-2)
+    if attended is None:
+        return key.softmax(-2), key.logsumexp(-2)
+    # Where every key is masked the logits are set to 0 first: softmax of nothing but -inf has no gradient.
+    some = attended.any(-2, keepdim=True)
+    logits = key.masked_fill(~attended, -torch.inf).masked_fill(~some, 0)
+    weights = logits.softmax(-2).masked_fill(~attended, 0)
+    log_weight = logits.logsumexp(-2).masked_fill(~some.squeeze(-2), -torch.inf)
+    return weights, log_weight
+
+
+def dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    normalization: str,
+    scale: float,
+) -> Tensor:
+    """``rho(Q K^T) V``, the baseline, with the N x M map in memory: row softmax, or division by M."""
+    scores = matmul(_accumulable(query), _attended(_accumulable(key), key_mask).transpose(-1, -2))
+    attended = torch.ones_like(scores, dtype=torch.bool)
+    if key_mask is not None:
+        attended = key_mask.unsqueeze(-2).expand_as(scores)  # [B, H, N, M]
+    if normalization == "scaling":
+        weights = scores.masked_fill(~attended, 0) / attended.sum(-1, keepdim=True).clamp(min=1)
+    else:
+        some = attended.any(-1, keepdim=True)
+        logits = (scores * scale).masked_fill(~attended, -torch.inf).masked_fill(~some, 0)
+        weights = logits.softmax(-1).masked_fill(~attended, 0)
+    return matmul(weights, _attended(_accumulable(value), key_mask)).to(query.dtype)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    # Explicit casts do not stop autocast from choosing low-precision products.
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.to(a.dtype)
+
+
+def _accumulable(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _attended(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    # Masked positions may hold anything, NaN included: weight 0 alone would not silence them.
+    return x if key_mask is None else x.masked_fill(~key_mask.unsqueeze(-1), 0)
