@@ -1,6 +1,34 @@
 """Efficient attention: global attention at linear cost. Shen et al., WACV 2021, arXiv 1812.01243."""
 
+from .modules import (
+    EfficientAttention,
+    EfficientAttention1d,
+    EfficientAttention2d,
+    EfficientAttention3d,
+    MultiheadEfficientAttention,
+    NonLocal1d,
+    NonLocal2d,
+    NonLocal3d,
+    attend_tiles,
+    freeze,
+)
 from .ops import Context, attend, dot_product_attention, efficient_attention, summarize
 
 __version__ = "0.1.0"
-__all__ = ["Context", "attend", "dot_product_attention", "efficient_attention", "summarize"]
+__all__ = [
+    "Context",
+    "EfficientAttention",
+    "EfficientAttention1d",
+    "EfficientAttention2d",
+    "EfficientAttention3d",
+    "MultiheadEfficientAttention",
+    "NonLocal1d",
+    "NonLocal2d",
+    "NonLocal3d",
+    "attend",
+    "attend_tiles",
+    "dot_product_attention",
+    "efficient_attention",
+    "freeze",
+    "summarize",
+]

@@ -71,7 +71,14 @@ def efficient_attention(
     query, key, value = _autocast(query, key, value)
     _check_attention_shapes(query, key, value)
     if order == "auto":
-        order = _cheapest_order(query, value) if backend != "blocked" else "linear"
+        order = "linear"
+        if backend != "blocked":
+            order = cheapest_order(
+                queries=query.shape[2],
+                keys=key.shape[2],
+                key_channels=key.shape[3],
+                value_channels=value.shape[3],
+            )
     if order == "linear":
         context = summarize(
             key, value, key_mask=key_mask, normalization=normalization, backend=backend
@@ -256,18 +263,12 @@ def _fused_softmax_attention(
     return output[..., :value_channels]
 
 
-def _cheapest_order(query: Tensor, value: Tensor) -> str:
+def cheapest_order(*, queries: int, keys: int, key_channels: int, value_channels: int) -> str:
+    """What ``order="auto"`` is for these sizes of one head; shared with the modules."""
     if torch.compiler.is_compiling():
         return "linear"
-    batch, heads, queries, key_channels = query.shape
     costs = operator_costs(
-        queries=queries,
-        keys=value.shape[2],
-        key_channels=key_channels,
-        value_channels=value.shape[3],
-        batch=batch,
-        heads=heads,
-        itemsize=query.element_size(),
+        queries=queries, keys=keys, key_channels=key_channels, value_channels=value_channels
     )
     return cheapest(costs)
 

@@ -1,0 +1,90 @@
+"""Where channels and positions lie: tokens ``[B, N, C]`` and feature maps ``[B, C, *spatial]``.
+
+A module computes on heads ``[B, h, n, c / h]``. Both layouts give them as views, whatever the memory format, and
+the operators write their results in the memory order of their inputs, so that joining heads is a view again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """``[B, N, C]``: channels last, projected by ``nn.Linear``."""
+
+    shape = "[B, N, C]"
+    projection = nn.Linear
+
+    def build_projection(self, in_channels: int, out_channels: int, **options) -> nn.Module:
+        return nn.Linear(in_channels, out_channels, **options)
+
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, h, N, C / h]
+
+    def join(self, heads: Tensor, like: Tensor) -> Tensor:
+        return heads.transpose(1, 2).flatten(2)  # [B, N, C]
+
+    def key_mask(self, mask: Tensor) -> Tensor:
+        return mask
+
+    def count(self, x: Tensor) -> int:
+        return x.shape[1]
+
+    def check(self, name: str, x: Tensor, channels: int) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor {self.shape}; got {type(x).__name__}")
+        if x.dim() != 3 or x.shape[-1] != channels:
+            raise ValueError(
+                f"{name} must have shape {self.shape} with C = {channels}; got {tuple(x.shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class FeatureMaps:
+    """``[B, C, *spatial]`` of 1 to 3 dimensions: channels second, projected by convolutions of kernel size 1."""
+
+    dimensions: int
+
+    @property
+    def shape(self) -> str:
+        return "[B, C, " + ", ".join(("D", "H", "W")[-self.dimensions :]) + "]"
+
+    @property
+    def projection(self) -> type[nn.Module]:
+        return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.dimensions - 1]
+
+    def build_projection(self, in_channels: int, out_channels: int, **options) -> nn.Module:
+        return self.projection(in_channels, out_channels, kernel_size=1, **options)
+
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return (F.conv1d, F.conv2d, F.conv3d)[self.dimensions - 1](x, weight, bias)
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        return x.flatten(2).unflatten(1, (heads, -1)).mT  # [B, h, n, C / h]
+
+    def join(self, heads: Tensor, like: Tensor) -> Tensor:
+        return heads.mT.flatten(1, 2).unflatten(2, like.shape[2:])  # [B, C, *spatial]
+
+    def key_mask(self, mask: Tensor) -> Tensor:
+        return mask.flatten(1)
+
+    def count(self, x: Tensor) -> int:
+        return x.shape[2:].numel()
+
+    def check(self, name: str, x: Tensor, channels: int) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor {self.shape}; got {type(x).__name__}")
+        if x.dim() != 2 + self.dimensions or x.shape[1] != channels:
+            raise ValueError(
+                f"{name} must have shape {self.shape} with C = {channels}; got {tuple(x.shape)}"
+            )
+
+
+Features = Tokens | FeatureMaps

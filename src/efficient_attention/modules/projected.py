@@ -1,0 +1,304 @@
+"""The shell that every attention module of the paper has: projections around an attention, and a residual.
+
+Subclasses say where channels and positions lie (tokens or feature maps) and which attention runs inside.
+Shapes: B batch, h heads, N positions that attend, M positions attended to, C channels in and out, dk and dv key and
+value channels of all heads. Paper: Shen et al. 2021, Sec. 3.2 and Fig. 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import Context, attend, dot_product_attention, efficient_attention, summarize
+from ..ops.functional import NORMALIZATIONS
+from ..ops.planner import MODULE_ORDERS, Cost, cheapest, module_costs
+from .features import Features
+from .folding import fold_output, fold_values, obstacle
+
+INITIALIZATIONS = ("zero", "official")
+
+# A compiled or exported program serves every length: it is planned for one at which only the cost per position counts.
+_LONG = 1 << 40
+
+
+class ProjectedAttention(nn.Module):
+    """Projections to queries, keys and values, and back: the parameters of every module here."""
+
+    def __init__(
+        self,
+        features: Features,
+        in_channels: int,
+        key_channels: int,
+        value_channels: int,
+        *,
+        source_channels: int | None = None,
+        num_heads: int,
+        normalization: str,
+        residual: bool,
+        init: str,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        source_channels = in_channels if source_channels is None else source_channels
+        sizes = {
+            "in_channels": in_channels,
+            "key_channels": key_channels,
+            "value_channels": value_channels,
+            "source_channels": source_channels,
+            "num_heads": num_heads,
+        }
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive integer; got {size!r}")
+        for name in ("key_channels", "value_channels"):
+            if sizes[name] % num_heads:
+                raise ValueError(f"{name} must be divisible by num_heads = {num_heads}; got {sizes[name]}")
+        check_option("normalization", normalization, NORMALIZATIONS)
+        check_option("init", init, INITIALIZATIONS)
+
+        self.in_channels = in_channels
+        self.key_channels = key_channels
+        self.value_channels = value_channels
+        self.source_channels = source_channels
+        self.num_heads = num_heads
+        self.normalization = normalization
+        self.residual = residual
+        self.init = init
+        self._features = features
+
+        options = {"bias": bias, "device": device, "dtype": dtype}
+        self.keys = features.build_projection(source_channels, key_channels, **options)
+        self.queries = features.build_projection(in_channels, key_channels, **options)
+        self.values = features.build_projection(source_channels, value_channels, **options)
+        self.reprojection = features.build_projection(value_channels, in_channels, **options)
+        if init == "zero":
+            self._zero_reprojection()
+
+    def reset_parameters(self) -> None:
+        """Initialize all parameters anew, as the constructor did."""
+        for projection in (self.keys, self.queries, self.values, self.reprojection):
+            projection.reset_parameters()
+        if self.init == "zero":
+            self._zero_reprojection()
+
+    def _zero_reprojection(self) -> None:
+        for parameter in self.reprojection.parameters():
+            nn.init.zeros_(parameter)
+
+    def _with_residual(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.residual else y
+
+    def _key_mask(self, key_mask: Tensor | None) -> Tensor | None:
+        return None if key_mask is None else self._features.key_mask(key_mask)
+
+    def extra_repr(self) -> str:
+        parts = [str(self.in_channels), str(self.key_channels), str(self.value_channels)]
+        parts += [f"num_heads={self.num_heads}", f"normalization={self.normalization!r}"]
+        parts += [f"residual={self.residual}", f"init={self.init!r}"]
+        return ", ".join(parts)
+
+
+class DotProductModule(ProjectedAttention):
+    """The shell around dot-product attention: the baseline."""
+
+    def _run(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        features = self._features
+        features.check("x", x, self.in_channels)
+        query = features.split(self.queries(x), self.num_heads)
+        key = features.split(self.keys(x), self.num_heads)
+        value = features.split(self.values(x), self.num_heads)
+        attended = dot_product_attention(
+            query, key, value, key_mask=self._key_mask(key_mask), normalization=self.normalization
+        )
+        return self._with_residual(x, self.reprojection(features.join(attended, like=x)))
+
+
+class EfficientModule(ProjectedAttention):
+    """The shell around efficient attention, computed in the cheapest of its exact orders."""
+
+    def __init__(self, *args, order: str = "auto", **options):
+        super().__init__(*args, **options)
+        check_option("order", order, ("auto", *MODULE_ORDERS))
+        self.order = order
+
+    def summarize(self, source: Tensor, *, key_mask: Tensor | None = None) -> Context:
+        """The context of the positions of ``source``; contexts of its parts merge into that of the whole.
+
+        Args:
+            source: what is attended to, laid out as the input of ``forward``.
+            key_mask: bool, True = attend, one value for each position of ``source``.
+
+        Returns:
+            ``Context(mean [B, h, dk / h, dv / h], log_weight [B, h, dk / h])``, to be kept, merged, and given to
+            :meth:`attend`.
+        """
+        self._features.check("source", source, self.source_channels)
+        positions = self._features.count(source)
+        folds = self._resolve(positions, positions) in ("folded", "folded_values")
+        return self._summarize(source, key_mask, folds)
+
+    def attend(self, x: Tensor, context: Context) -> Tensor:
+        """What ``forward`` returns for ``x``, attending to a ready-made context of this module.
+
+        Args:
+            x: the positions that attend, laid out as the input of ``forward``.
+            context: as :meth:`summarize` returns it.
+
+        Returns:
+            The shape of ``x``.
+        """
+        self._features.check("x", x, self.in_channels)
+        if not isinstance(context, Context):
+            raise TypeError(f"context must be a Context; got {type(context).__name__}")
+        positions = self._features.count(x)
+        folds = self._resolve(positions, positions) in ("folded", "folded_output")
+        return self._attend(x, context, folds)
+
+    def costs(self, queries: int, keys: int | None = None, batch: int = 1) -> dict[str, Cost]:
+        """What each exact order of this module costs for N queries and M keys (default: as many)."""
+        return module_costs(
+            queries=queries,
+            keys=queries if keys is None else keys,
+            in_channels=self.in_channels,
+            key_channels=self.key_channels,
+            value_channels=self.value_channels,
+            source_channels=self.source_channels,
+            batch=batch,
+            heads=self.num_heads,
+            itemsize=self.keys.weight.element_size(),
+        )
+
+    def planned_order(
+        self, x: Tensor, context: Tensor | Context | None = None, *, key_mask: Tensor | None = None
+    ) -> str:
+        """The order in which ``forward`` computes for these inputs."""
+        queries = self._features.count(x)
+        own = context is None or isinstance(context, Context)
+        return self._resolve(queries, queries if own else self._features.count(context))
+
+    def _run(self, x: Tensor, source: Tensor | Context, key_mask: Tensor | None) -> Tensor:
+        features = self._features
+        features.check("x", x, self.in_channels)
+        if isinstance(source, Context):
+            return self.attend(x, source)
+        features.check("x" if source is x else "context", source, self.source_channels)
+        order = self.planned_order(x, source)
+        if order == "quadratic":
+            return self._attend_quadratic(x, source, key_mask)
+        context = self._summarize(source, key_mask, order in ("folded", "folded_values"))
+        return self._attend(x, context, order in ("folded", "folded_output"))
+
+    def _resolve(self, queries: int, keys: int) -> str:
+        """The order of a call: the one that was named, or the cheapest that nobody would notice."""
+        obstacles = self._folding_obstacles()
+        if self.order != "auto":
+            reason = obstacles.get(self.order)
+            if reason is not None:
+                raise NotImplementedError(f"order={self.order!r}: {reason}; use order='auto'")
+            return self.order
+        if torch.compiler.is_compiling():
+            queries = keys = _LONG
+        return cheapest(
+            self.costs(queries, keys), among=[o for o in MODULE_ORDERS if o not in obstacles]
+        )
+
+    def _folding_obstacles(self) -> dict[str, str]:
+        """Orders that cannot be taken now, with the reason."""
+        plain = self._features.projection
+        sides = {"folded_values": self.values, "folded_output": self.reprojection}
+        names = {"folded_values": "values", "folded_output": "reprojection"}
+        found = {}
+        for order, projection in sides.items():
+            reason = obstacle(projection, plain)
+            if reason is not None:
+                message = f"{names[order]} cannot be folded into the context: {reason}"
+                found[order] = found["folded"] = message
+        return found
+
+    def _summarize(self, source: Tensor, key_mask: Tensor | None, folds: bool) -> Context:
+        features, mask = self._features, self._key_mask(key_mask)
+        if folds:
+            context = self._summarize_folded(source, mask)
+        else:
+            key = features.split(self._project_keys(source), self.num_heads)
+            value = features.split(self.values(source), self.num_heads)
+            context = summarize(key, value, key_mask=mask, normalization=self.normalization)
+        return context._replace(mean=self._with_key_bias(context.mean))
+
+    def _summarize_folded(self, source: Tensor, mask: Tensor | None) -> Context:
+        # Softmax over positions treats every channel alone, so that all heads share one product with X.
+        key = self._features.split(self._project_keys(source), 1)  # [B, 1, M, dk]
+        x = self._features.split(source, 1)  # [B, 1, M, C]
+        pooled = summarize(key, x.to(key.dtype), key_mask=mask, normalization=self.normalization)
+        if self.normalization == "softmax":
+            column_sums = (pooled.log_weight != -torch.inf).to(pooled.mean.dtype)
+        else:
+            ones = key.new_ones(()).expand(*key.shape[:3], 1)
+            column_sums = summarize(
+                key, ones, key_mask=mask, normalization="scaling"
+            ).mean.squeeze(-1)
+        return fold_values(pooled, column_sums, self.values.weight, self.values.bias, self.num_heads)
+
+    def _attend(self, x: Tensor, context: Context, folds: bool) -> Tensor:
+        features = self._features
+        if not folds:
+            query = features.split(self.queries(x), self.num_heads)
+            attended = attend(query, context, normalization=self.normalization)
+            return self._with_residual(x, self.reprojection(features.join(attended, like=x)))
+
+        softmax = self.normalization == "softmax"
+        weight, bias = self.reprojection.weight, self.reprojection.bias
+        query = features.split(self.queries(x), 1)  # [B, 1, N, dk]
+        y = attend(
+            query,
+            fold_output(context, weight, bias if softmax else None),
+            normalization=self.normalization,
+            num_groups=self.num_heads,
+        )  # [B, 1, N, C]
+        if bias is not None and not softmax:
+            y = y + bias.to(y.dtype)
+        return self._with_residual(x, features.join(y, like=x))
+
+    def _attend_quadratic(self, x: Tensor, source: Tensor, key_mask: Tensor | None) -> Tensor:
+        features = self._features
+        attended = efficient_attention(
+            features.split(self.queries(x), self.num_heads),
+            features.split(self._project_keys(source), self.num_heads),
+            features.split(self.values(source), self.num_heads),
+            key_mask=self._key_mask(key_mask),
+            normalization=self.normalization,
+            order="quadratic",
+        )
+        attended = self._with_key_bias(attended)
+        return self._with_residual(x, self.reprojection(features.join(attended, like=x)))
+
+    def _key_bias_is_idle(self) -> bool:
+        """Softmax over positions does not see a constant added to a channel: the key bias has no effect."""
+        return (
+            self.normalization == "softmax"
+            and self.keys.bias is not None
+            and obstacle(self.keys, self._features.projection) is None
+        )
+
+    def _project_keys(self, source: Tensor) -> Tensor:
+        if not self._key_bias_is_idle():
+            return self.keys(source)
+        return self._features.project(source, self.keys.weight, self.keys.bias.detach())
+
+    def _with_key_bias(self, x: Tensor) -> Tensor:
+        """Give an idle key bias its gradient, zero, in place of the rounding noise that optimizers would amplify."""
+        bias = self.keys.bias
+        if not (torch.is_grad_enabled() and self._key_bias_is_idle() and bias.requires_grad):
+            return x
+        return x + (0 * bias).sum().to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, order={self.order!r}"
+
+
+def check_option(name: str, got: str, valid: tuple[str, ...]) -> None:
+    if got not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}; got {got!r}")

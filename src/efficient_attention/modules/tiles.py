@@ -1,0 +1,74 @@
+"""Inputs larger than memory: the exact result for the whole from its tiles, in two passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from .projected import EfficientModule
+
+__all__ = ["attend_tiles"]
+
+
+def attend_tiles(
+    module: EfficientModule,
+    tiles: Iterable[Tensor],
+    *,
+    key_masks: Iterable[Tensor | None] | None = None,
+) -> Iterator[Tensor]:
+    """Apply a module to a whole that is given in tiles: the first pass summarizes, the second attends.
+
+    Every position of every tile attends to all positions of all tiles, exactly as if they were one input: contexts
+    merge. Only one tile is in memory at a time, beside a context of fixed size. Tiles may differ in shape and must
+    not overlap; a halo is hidden from the first pass by ``key_masks``.
+
+    Args:
+        module: an ``EfficientAttention1d``, ``2d``, ``3d`` or ``EfficientAttention``.
+        tiles: inputs of the module; iterated over twice, so a list or an object that reads tiles anew, not a
+            generator that is spent after one pass.
+        key_masks: for every tile the ``key_mask`` of ``module.summarize``, or ``None``.
+
+    Yields:
+        The module's output for each tile, in order.
+
+    Raises:
+        TypeError: ``tiles`` can be iterated over only once.
+        ValueError: there are no tiles, or not as many ``key_masks``.
+
+    Example:
+        >>> attention = efficient_attention.EfficientAttention2d(16)
+        >>> image = torch.randn(1, 16, 64, 96)
+        >>> parts = list(efficient_attention.attend_tiles(attention, image.split(40, dim=3)))
+        >>> torch.allclose(torch.cat(parts, dim=3), attention(image), atol=1e-6)
+        True
+
+    Paper: Shen et al. 2021, Sec. 3.2: the context is all that a query needs to know of the keys.
+    """
+    if isinstance(tiles, Iterator):
+        raise TypeError(
+            "tiles must be iterable twice, like a list or an object with __iter__ that starts anew; "
+            f"got a {type(tiles).__name__}"
+        )
+    return _attend_tiles(module, tiles, key_masks)
+
+
+def _attend_tiles(
+    module: EfficientModule,
+    tiles: Iterable[Tensor],
+    key_masks: Iterable[Tensor | None] | None,
+) -> Iterator[Tensor]:
+    context = None
+    if key_masks is None:
+        contexts = (module.summarize(tile) for tile in tiles)
+    else:
+        contexts = (
+            module.summarize(tile, key_mask=mask)
+            for tile, mask in zip(tiles, key_masks, strict=True)
+        )
+    for part in contexts:
+        context = part if context is None else context.merge(part)
+    if context is None:
+        raise ValueError("tiles must hold at least one tile; got none")
+    for tile in tiles:
+        yield module.attend(tile, context)
