@@ -6,8 +6,11 @@ the operators write their results in the memory order of their inputs, so that j
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,8 +34,8 @@ class Tokens:
     def join(self, heads: Tensor, like: Tensor) -> Tensor:
         return heads.transpose(1, 2).flatten(2)  # [B, N, C]
 
-    def key_mask(self, mask: Tensor) -> Tensor:
-        return mask
+    def key_mask(self, mask: Tensor, like: Tensor) -> Tensor:
+        return _checked_mask(mask, "[B, N]", like.shape[:2])
 
     def count(self, x: Tensor) -> int:
         return x.shape[1]
@@ -72,11 +75,12 @@ class FeatureMaps:
     def join(self, heads: Tensor, like: Tensor) -> Tensor:
         return heads.mT.flatten(1, 2).unflatten(2, like.shape[2:])  # [B, C, *spatial]
 
-    def key_mask(self, mask: Tensor) -> Tensor:
-        return mask.flatten(1)
+    def key_mask(self, mask: Tensor, like: Tensor) -> Tensor:
+        shape = (like.shape[0], *like.shape[2:])
+        return _checked_mask(mask, self.shape.replace("C, ", ""), shape).flatten(1)
 
     def count(self, x: Tensor) -> int:
-        return x.shape[2:].numel()
+        return math.prod(x.shape[2:])  # Size.numel() would make a traced size a constant
 
     def check(self, name: str, x: Tensor, channels: int) -> None:
         if not isinstance(x, Tensor):
@@ -88,3 +92,14 @@ class FeatureMaps:
 
 
 Features = Tokens | FeatureMaps
+
+
+def _checked_mask(mask: Tensor, letters: str, shape: Sequence[int]) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"key_mask must be a bool tensor {letters}; got {got}")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(
+            f"key_mask must have shape {letters} = {tuple(shape)}; got {tuple(mask.shape)}"
+        )
+    return mask

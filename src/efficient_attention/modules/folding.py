@@ -21,12 +21,12 @@ def obstacle(projection: nn.Module, expected: type[nn.Module]) -> str | None:
     """Why the weights of a projection may not be used without calling it, or ``None`` if nobody would notice."""
     if type(projection) is not expected:
         return f"it is a {type(projection).__name__}, not a plain {expected.__name__}"
+    # Global hooks are for profilers, which should see the computation as it is.
     if (
         projection._forward_hooks
         or projection._forward_pre_hooks
         or projection._backward_hooks
         or projection._backward_pre_hooks
-        or nn.modules.module._has_any_global_hook()
     ):
         return "it has hooks, which would not run"
     return None

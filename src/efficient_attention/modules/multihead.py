@@ -118,10 +118,15 @@ class MultiheadEfficientAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **options)
         self.bias_k = parameter(1, 1, embed_dim) if add_bias_kv else None
         self.bias_v = parameter(1, 1, embed_dim) if add_bias_kv else None
-        self.reset_parameters()
+        self._initialize()
 
     def reset_parameters(self) -> None:
-        """Initialize as ``nn.MultiheadAttention`` does: Xavier for what goes in, zero for the biases."""
+        """Initialize all parameters anew, as the constructor did."""
+        self.out_proj.reset_parameters()
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Xavier for what goes in, zero for the biases: as ``nn.MultiheadAttention``, draw for draw."""
         for weight in (
             self.in_proj_weight,
             self.q_proj_weight,
@@ -130,7 +135,6 @@ class MultiheadEfficientAttention(nn.Module):
         ):
             if weight is not None:
                 nn.init.xavier_uniform_(weight)
-        self.out_proj.reset_parameters()
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
@@ -267,6 +271,16 @@ class MultiheadEfficientAttention(nn.Module):
                     f"{name} must have shape {axes}, or [N, E] in every argument, with E = {channels[name]}; "
                     f"got {tuple(x.shape)}"
                 )
+        batch_axis = 0 if self.batch_first else 1
+        if query.dim() == 3 and key.shape[batch_axis] != query.shape[batch_axis]:
+            raise ValueError(
+                f"key must have B = {query.shape[batch_axis]}, as query; got {key.shape[batch_axis]}"
+            )
+        if value.shape[:-1] != key.shape[:-1]:
+            raise ValueError(
+                f"value must have as many positions and samples as key, {tuple(key.shape[:-1])}; "
+                f"got {tuple(value.shape[:-1])}"
+            )
         if key_padding_mask is not None:
             if key_padding_mask.dtype != torch.bool and not key_padding_mask.is_floating_point():
                 raise TypeError(f"key_padding_mask must be bool or float; got {key_padding_mask.dtype}")

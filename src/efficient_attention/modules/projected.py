@@ -91,8 +91,8 @@ class ProjectedAttention(nn.Module):
     def _with_residual(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y if self.residual else y
 
-    def _key_mask(self, key_mask: Tensor | None) -> Tensor | None:
-        return None if key_mask is None else self._features.key_mask(key_mask)
+    def _key_mask(self, key_mask: Tensor | None, source: Tensor) -> Tensor | None:
+        return None if key_mask is None else self._features.key_mask(key_mask, like=source)
 
     def extra_repr(self) -> str:
         parts = [str(self.in_channels), str(self.key_channels), str(self.value_channels)]
@@ -111,7 +111,7 @@ class DotProductModule(ProjectedAttention):
         key = features.split(self.keys(x), self.num_heads)
         value = features.split(self.values(x), self.num_heads)
         attended = dot_product_attention(
-            query, key, value, key_mask=self._key_mask(key_mask), normalization=self.normalization
+            query, key, value, key_mask=self._key_mask(key_mask, x), normalization=self.normalization
         )
         return self._with_residual(x, self.reprojection(features.join(attended, like=x)))
 
@@ -184,7 +184,9 @@ class EfficientModule(ProjectedAttention):
         features.check("x", x, self.in_channels)
         if isinstance(source, Context):
             return self.attend(x, source)
-        features.check("x" if source is x else "context", source, self.source_channels)
+        features.check("context", source, self.source_channels)
+        if source.shape[0] != x.shape[0]:
+            raise ValueError(f"context must have B = {x.shape[0]}, as x; got {source.shape[0]}")
         order = self.planned_order(x, source)
         if order == "quadratic":
             return self._attend_quadratic(x, source, key_mask)
@@ -219,7 +221,7 @@ class EfficientModule(ProjectedAttention):
         return found
 
     def _summarize(self, source: Tensor, key_mask: Tensor | None, folds: bool) -> Context:
-        features, mask = self._features, self._key_mask(key_mask)
+        features, mask = self._features, self._key_mask(key_mask, source)
         if folds:
             context = self._summarize_folded(source, mask)
         else:
@@ -268,7 +270,7 @@ class EfficientModule(ProjectedAttention):
             features.split(self.queries(x), self.num_heads),
             features.split(self._project_keys(source), self.num_heads),
             features.split(self.values(source), self.num_heads),
-            key_mask=self._key_mask(key_mask),
+            key_mask=self._key_mask(key_mask, source),
             normalization=self.normalization,
             order="quadratic",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from .projected import EfficientModule
 
 __all__ = ["attend_tiles"]
+
+_SPENT = object()
 
 
 def attend_tiles(
@@ -33,7 +36,7 @@ def attend_tiles(
         The module's output for each tile, in order.
 
     Raises:
-        TypeError: ``tiles`` can be iterated over only once.
+        TypeError: ``tiles`` can be iterated over only once, or the module has no context.
         ValueError: there are no tiles, or not as many ``key_masks``.
 
     Example:
@@ -45,6 +48,10 @@ def attend_tiles(
 
     Paper: Shen et al. 2021, Sec. 3.2: the context is all that a query needs to know of the keys.
     """
+    if not isinstance(module, EfficientModule):
+        raise TypeError(
+            f"module must be an EfficientAttention, or 1d, 2d or 3d; got {type(module).__name__}"
+        )
     if isinstance(tiles, Iterator):
         raise TypeError(
             "tiles must be iterable twice, like a list or an object with __iter__ that starts anew; "
@@ -58,16 +65,16 @@ def _attend_tiles(
     tiles: Iterable[Tensor],
     key_masks: Iterable[Tensor | None] | None,
 ) -> Iterator[Tensor]:
+    masks = itertools.repeat(None) if key_masks is None else iter(key_masks)
     context = None
-    if key_masks is None:
-        contexts = (module.summarize(tile) for tile in tiles)
-    else:
-        contexts = (
-            module.summarize(tile, key_mask=mask)
-            for tile, mask in zip(tiles, key_masks, strict=True)
-        )
-    for part in contexts:
+    for tile in tiles:
+        mask = next(masks, _SPENT)
+        if mask is _SPENT:
+            raise ValueError("key_masks must be as many as tiles; got fewer")
+        part = module.summarize(tile, key_mask=mask)
         context = part if context is None else context.merge(part)
+    if key_masks is not None and next(masks, _SPENT) is not _SPENT:
+        raise ValueError("key_masks must be as many as tiles; got more")
     if context is None:
         raise ValueError("tiles must hold at least one tile; got none")
     for tile in tiles:

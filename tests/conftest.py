@@ -1,0 +1,25 @@
+"""State that every test starts from: a seed, one precision, and memory that is poisoned where it is not written."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    # Fills torch.empty with NaN: whatever is returned without having been written shows.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    """Blocks of 16 positions and of one sample, so that small inputs take many of them."""
+    monkeypatch.setattr("efficient_attention.ops.planner.BLOCK_BYTES", 1)
+    monkeypatch.setattr("efficient_attention.ops.planner.SHORTEST_BLOCK", 16)

@@ -1,0 +1,88 @@
+"""Counts worked out by hand, and against what PyTorch's own counter sees."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from efficient_attention import EfficientAttention2d
+from efficient_attention.ops.planner import (
+    block_length,
+    cheapest,
+    crossover,
+    module_costs,
+    operator_costs,
+    rows_per_block,
+)
+
+
+def test_operator_multiply_adds_match_hand_computed_numbers():
+    costs = operator_costs(queries=10, keys=20, key_channels=3, value_channels=4, batch=2, heads=5)
+    assert costs["linear"].multiply_adds == 2 * 5 * (10 + 20) * 3 * 4 == 3600
+    assert costs["quadratic"].multiply_adds == 2 * 5 * 10 * 20 * (3 + 4) == 14_000
+
+
+def test_operator_bytes_match_hand_computed_numbers():
+    costs = operator_costs(queries=10, keys=20, key_channels=3, value_channels=4, itemsize=2)
+    # A context of 3 x 4 and 3 weights in float32, whatever the storage.
+    assert costs["linear"].bytes == (3 * 4 + 3) * 4
+    # The 10 x 20 map and both softmaxes, in float32.
+    assert costs["quadratic"].bytes == (10 * 20 + 10 * 3 + 20 * 3) * 4
+
+
+def test_module_multiply_adds_match_hand_computed_numbers():
+    # The paper's module: C = 256, dk = 128, dv = 256, one head; per position 131,072 folded against 262,144.
+    costs = module_costs(queries=65536, keys=65536, in_channels=256, key_channels=128, value_channels=256)
+    per_position = {order: cost.multiply_adds / 65536 for order, cost in costs.items()}
+    assert per_position["linear"] == 256 * 128 * 2 + 256 * 256 * 2 + 128 * 256 * 2 == 262_144
+    context = 128 * 256 * 256 / 65536  # one product of the size of a context on each side
+    assert per_position["folded"] == 4 * 256 * 128 + 2 * context == 131_072 + 256
+    assert per_position["folded_values"] == per_position["folded_output"] == 196_608 + context
+    assert per_position["quadratic"] == 256 * 128 * 2 + 256 * 256 * 2 + 65536 * (128 + 256)
+
+
+@pytest.mark.parametrize("order", ["linear", "folded_values", "folded_output", "folded"])
+@pytest.mark.parametrize("channels", [(16, 8, 16, 1), (16, 8, 24, 4), (8, 8, 4, 2)])
+def test_module_multiply_adds_are_those_that_run(order, channels):
+    c, dk, dv, heads = channels
+    module = EfficientAttention2d(c, dk, dv, num_heads=heads, order=order)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.randn(2, c, 9, 7))
+    costs = module.costs(63, batch=2)
+    assert counter.get_total_flops() == 2 * costs[order].multiply_adds
+
+
+def test_folding_pays_by_the_rule_of_channels():
+    # For long inputs a side is folded if and only if C dk < C dv + dk dv / h.
+    for c in (64, 256):
+        for dk in (32, 128, 512):
+            for dv in (32, 128, 256):
+                for heads in (1, 8):
+                    costs = module_costs(
+                        queries=1 << 30, keys=1 << 30, in_channels=c, key_channels=dk, value_channels=dv, heads=heads
+                    )
+                    pays = c * dk < c * dv + dk * dv / heads
+                    assert cheapest(costs) == ("folded" if pays else "linear")
+
+
+def test_cheapest_breaks_ties_by_bytes_and_respects_a_choice():
+    costs = operator_costs(queries=64, keys=64, key_channels=64, value_channels=64)
+    assert costs["linear"].multiply_adds == costs["quadratic"].multiply_adds
+    assert cheapest(costs) == "linear"
+    assert cheapest(costs, among=["quadratic"]) == "quadratic"
+
+
+@pytest.mark.parametrize(("channels", "expected"), [((64, 64), 64), ((128, 256), 512 / 3), ((512, 1024), 2048 / 3)])
+def test_crossover_is_where_both_orders_cost_the_same(channels, expected):
+    assert crossover(*channels) == pytest.approx(expected)
+    length = int(crossover(*channels))
+    for n, order in ((length - 1, "quadratic"), (length + 1, "linear")):
+        costs = operator_costs(queries=n, keys=n, key_channels=channels[0], value_channels=channels[1])
+        assert cheapest(costs) == order
+
+
+def test_blocks_fit_their_budget_and_never_depend_on_the_batch():
+    assert block_length(8, 128) == 1024  # 8 * 128 * 4 bytes * 1024 positions = 4 MiB
+    assert block_length(1, 128) == 8192
+    assert block_length(512, 1024) == 256  # a floor, so that products stay efficient
+    assert rows_per_block(8, 1024, 128) == 1
+    assert rows_per_block(8, 64, 128) == 16
