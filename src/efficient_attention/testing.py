@@ -34,7 +34,9 @@ def make_inputs(
     query, key, value = (
         torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
     )
-    return tuple(x.requires_grad_(requires_grad) for x in (query, key, value))
+    for x in (query, key, value):
+        x.requires_grad_(requires_grad)
+    return query, key, value
 
 
 def plain_attention(
@@ -49,10 +51,10 @@ def plain_attention(
         if key_mask is not None:
             key = key.masked_fill(~key_mask[:, None, :, None], -torch.inf)
         return query.softmax(-1) @ (key.softmax(-2).mT @ value)
-    count = key.shape[-2]
-    if key_mask is not None:
-        value = value.masked_fill(~key_mask[:, None, :, None], 0)
-        count = key_mask.sum(-1)[:, None, None, None].to(key.dtype)
+    if key_mask is None:
+        return query @ ((key / key.shape[-2]).mT @ value)
+    value = value.masked_fill(~key_mask[:, None, :, None], 0)
+    count = key_mask.sum(-1)[:, None, None, None].to(key.dtype)
     return query @ ((key / count).mT @ value)
 
 

@@ -69,7 +69,9 @@ def test_padding_changes_nothing(order):
     module = build(order=order)
     padded = torch.cat((OTHERS, torch.full((2, 4, 10), 1e6).double()), 1)
     mask = torch.arange(19).expand(2, 19) < 15
-    torch.testing.assert_close(module(TOKENS, padded, key_mask=mask), module(TOKENS, OTHERS), **EXACT)
+    torch.testing.assert_close(
+        module(TOKENS, padded, key_mask=mask), module(TOKENS, OTHERS), **EXACT
+    )
 
 
 @pytest.mark.parametrize("order", ["linear", "quadratic", "folded"])
@@ -130,17 +132,25 @@ def test_copies_are_equal():
 def test_errors_name_the_argument():
     module = build()
     memory = module.summarize(OTHERS)
-    with pytest.raises(ValueError, match=r"x must have shape \[B, N, C\] with C = 12; got \(2, 15, 10\)"):
+    with pytest.raises(
+        ValueError, match=r"x must have shape \[B, N, C\] with C = 12; got \(2, 15, 10\)"
+    ):
         module(OTHERS)
-    with pytest.raises(ValueError, match=r"context must have shape \[B, N, C\] with C = 10; got \(2, 9, 12\)"):
+    with pytest.raises(
+        ValueError, match=r"context must have shape \[B, N, C\] with C = 10; got \(2, 9, 12\)"
+    ):
         module(TOKENS, TOKENS)
-    with pytest.raises(ValueError, match=r"source must have shape \[B, N, C\] with C = 10; got \(2, 9, 12\)"):
+    with pytest.raises(
+        ValueError, match=r"source must have shape \[B, N, C\] with C = 10; got \(2, 9, 12\)"
+    ):
         module.summarize(TOKENS)
     with pytest.raises(ValueError, match="key_mask must be None with a ready-made Context"):
         module(TOKENS, memory, key_mask=torch.ones(2, 15).bool())
     with pytest.raises(TypeError, match="context must be a Context; got tuple"):
         module.attend(TOKENS, tuple(memory))
-    with pytest.raises(ValueError, match=r"key_mask must have shape \[B, N\] = \(2, 15\); got \(2, 9\)"):
+    with pytest.raises(
+        ValueError, match=r"key_mask must have shape \[B, N\] = \(2, 15\); got \(2, 9\)"
+    ):
         module(TOKENS, OTHERS, key_mask=torch.ones(2, 9).bool())
     with pytest.raises(ValueError, match=r"context must have B = 2, as x; got 1"):
         module(TOKENS, OTHERS[:1])

@@ -82,7 +82,12 @@ def test_onnx_model_gives_the_same_numbers_at_every_size(normalization, order, t
     path = tmp_path / "attention.onnx"
     dynamic = {2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}
     torch.onnx.export(
-        module, (torch.randn(2, 6, 9, 13),), path, dynamo=True, dynamic_shapes=(dynamic,), verbose=False
+        module,
+        (torch.randn(2, 6, 9, 13),),
+        path,
+        dynamo=True,
+        dynamic_shapes=(dynamic,),
+        verbose=False,
     )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (name,) = [node.name for node in session.get_inputs()]

@@ -8,7 +8,11 @@ import efficient_attention as ea
 
 
 def test_freeze_names_what_the_planner_picks():
-    model = nn.Sequential(ea.EfficientAttention2d(8, 4, 8), nn.ReLU(), ea.EfficientAttention2d(8, 16, 4, num_heads=2, order="folded"))
+    model = nn.Sequential(
+        ea.EfficientAttention2d(8, 4, 8),
+        nn.ReLU(),
+        ea.EfficientAttention2d(8, 16, 4, num_heads=2, order="folded"),
+    )
     x = torch.randn(1, 8, 20, 20)
     planned = model[0].planned_order(x)
     assert ea.freeze(model, x) == {"0": planned}
@@ -33,7 +37,9 @@ def test_freeze_refuses_conflicting_shapes_and_changes_nothing():
             return self.attention(x[:, :2]), self.attention(x)
 
     model = Twice()
-    with pytest.raises(ValueError, match="attention is called with inputs whose cheapest orders differ"):
+    with pytest.raises(
+        ValueError, match="attention is called with inputs whose cheapest orders differ"
+    ):
         ea.freeze(model, torch.randn(1, 500, 8))
     assert model.attention.order == "auto"
     assert not model.attention._forward_pre_hooks

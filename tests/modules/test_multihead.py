@@ -28,7 +28,10 @@ def by_hand(module, query, key, value, mask=None):
     q, k, v = (
         nn.functional.linear(x, w, b)
         for x, w, b in zip(
-            (query, key, value), module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3), strict=True
+            (query, key, value),
+            module.in_proj_weight.chunk(3),
+            module.in_proj_bias.chunk(3),
+            strict=True,
         )
     )
     outputs, maps = [], []
@@ -44,11 +47,15 @@ def by_hand(module, query, key, value, mask=None):
     return module.out_proj(torch.stack(outputs)), maps
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"add_bias_kv": True}, {"kdim": 10, "vdim": 7}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"add_bias_kv": True}, {"kdim": 10, "vdim": 7}]
+)
 def test_parameters_have_the_names_shapes_and_order_of_pytorchs(options):
     ours = MultiheadEfficientAttention(12, 3, **options)
     theirs = nn.MultiheadAttention(12, 3, **options)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
 
@@ -126,10 +133,26 @@ def test_appended_keys_and_values_are_positions_of_their_own():
     # By hand: the rows that are appended after projection.
     _, k_weight, v_weight = module.in_proj_weight.chunk(3)
     _, k_bias, v_bias = module.in_proj_bias.chunk(3)
-    k = torch.cat((nn.functional.linear(Y, k_weight, k_bias), module.bias_k.expand(2, 1, 12), torch.zeros(2, 1, 12)), 1)
-    v = torch.cat((nn.functional.linear(Y, v_weight, v_bias), module.bias_v.expand(2, 1, 12), torch.zeros(2, 1, 12)), 1)
+    k = torch.cat(
+        (
+            nn.functional.linear(Y, k_weight, k_bias),
+            module.bias_k.expand(2, 1, 12),
+            torch.zeros(2, 1, 12),
+        ),
+        1,
+    )
+    v = torch.cat(
+        (
+            nn.functional.linear(Y, v_weight, v_bias),
+            module.bias_v.expand(2, 1, 12),
+            torch.zeros(2, 1, 12),
+        ),
+        1,
+    )
     plain = build()
-    plain.load_state_dict({n: p for n, p in module.state_dict().items() if n not in ("bias_k", "bias_v")})
+    plain.load_state_dict(
+        {n: p for n, p in module.state_dict().items() if n not in ("bias_k", "bias_v")}
+    )
     with torch.no_grad():
         plain.in_proj_weight[12:] = torch.cat((torch.eye(12), torch.eye(12)))
         plain.in_proj_bias[12:] = 0
@@ -155,7 +178,9 @@ def test_a_float_mask_is_added_to_the_keys():
         module(X, Y, Y, key_padding_mask=logit)[0], module(X, twice, twice)[0], **EXACT
     )
     scaling = build(normalization="scaling")
-    with pytest.raises(NotImplementedError, match=r"key_padding_mask must be bool, or a float of 0 and -inf"):
+    with pytest.raises(
+        NotImplementedError, match=r"key_padding_mask must be bool, or a float of 0 and -inf"
+    ):
         scaling(X, Y, Y, key_padding_mask=logit)
 
 
@@ -165,7 +190,8 @@ def test_key_bias_has_exactly_zero_gradient_under_softmax():
         module(X, source, source)[0].sin().sum().backward()
         d_query, d_key, d_value = module.in_proj_bias.grad.chunk(3)
         assert not d_key.any()
-        assert d_query.all() and d_value.all()
+        assert d_query.all()
+        assert d_value.all()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -173,7 +199,9 @@ def test_key_bias_has_exactly_zero_gradient_under_softmax():
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_encoder_layers_run_our_map_in_training_and_evaluation(training, padded, norm_first):
     # In evaluation PyTorch's layer may skip self_attn.forward and run dot-product attention on its weights.
-    layer = nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first)
+    layer = nn.TransformerEncoderLayer(
+        12, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first
+    )
     layer.self_attn = MultiheadEfficientAttention(12, 2, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(training)
     x = X.float()
@@ -191,7 +219,9 @@ def test_encoder_layers_run_our_map_in_training_and_evaluation(training, padded,
 
     with torch.inference_mode():
         expected = layer_by_hand(encoder.layers[1], layer_by_hand(encoder.layers[0], x))
-        torch.testing.assert_close(encoder(x, src_key_padding_mask=mask), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            encoder(x, src_key_padding_mask=mask), expected, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_decoder_layers_attend_across():
@@ -200,7 +230,9 @@ def test_decoder_layers_attend_across():
     target, memory = X.float(), Y.float()
     hidden = torch.rand(2, 15) > 0.7
     output = layer(target, memory, memory_key_padding_mask=hidden)
-    changed = layer(target, memory.masked_fill(hidden[..., None], 1e3), memory_key_padding_mask=hidden)
+    changed = layer(
+        target, memory.masked_fill(hidden[..., None], 1e3), memory_key_padding_mask=hidden
+    )
     torch.testing.assert_close(output, changed)
 
 
@@ -215,15 +247,29 @@ def test_copies_are_equal():
 def test_compiles_whole():
     module = build()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(X, X, X, need_weights=False), module(X, X, X, need_weights=False), **EXACT)
+    torch.testing.assert_close(
+        compiled(X, X, X, need_weights=False), module(X, X, X, need_weights=False), **EXACT
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"dropout": 0.1}, NotImplementedError, "dropout must be 0: the N x M weights .* got 0.1. Apply nn.Dropout to the output"),
-        ({"normalization": "relu"}, ValueError, "normalization must be one of 'softmax', 'scaling'; got 'relu'"),
-        ({"order": "folded"}, ValueError, "order must be one of 'auto', 'linear', 'quadratic'; got 'folded'"),
+        (
+            {"dropout": 0.1},
+            NotImplementedError,
+            "dropout must be 0: the N x M weights .* got 0.1. Apply nn.Dropout to the output",
+        ),
+        (
+            {"normalization": "relu"},
+            ValueError,
+            "normalization must be one of 'softmax', 'scaling'; got 'relu'",
+        ),
+        (
+            {"order": "folded"},
+            ValueError,
+            "order must be one of 'auto', 'linear', 'quadratic'; got 'folded'",
+        ),
         ({"heads": 2}, TypeError, "heads"),
     ],
 )
@@ -233,21 +279,53 @@ def test_constructor_refuses_with_the_reason(options, error, message):
 
 
 def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="embed_dim must be a positive multiple of num_heads = 5; got 12"):
+    with pytest.raises(
+        ValueError, match="embed_dim must be a positive multiple of num_heads = 5; got 12"
+    ):
         MultiheadEfficientAttention(12, 5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((X, Y, Y), {"attn_mask": torch.zeros(9, 15)}, NotImplementedError, "attn_mask must be None: .* no linear form.*key_padding_mask"),
-        ((X, X, X), {"is_causal": True}, NotImplementedError, "is_causal must be False: .*normalized over all positions"),
-        ((X, Y, Y[..., :7]), {}, ValueError, r"value must have shape \[B, N, E\].* with E = 12; got \(2, 15, 7\)"),
+        (
+            (X, Y, Y),
+            {"attn_mask": torch.zeros(9, 15)},
+            NotImplementedError,
+            "attn_mask must be None: .* no linear form.*key_padding_mask",
+        ),
+        (
+            (X, X, X),
+            {"is_causal": True},
+            NotImplementedError,
+            "is_causal must be False: .*normalized over all positions",
+        ),
+        (
+            (X, Y, Y[..., :7]),
+            {},
+            ValueError,
+            r"value must have shape \[B, N, E\].* with E = 12; got \(2, 15, 7\)",
+        ),
         ((X, Y[0], Y), {}, ValueError, r"key must have shape .* with E = 12; got \(15, 12\)"),
-        ((X, Y, Y[:, :3]), {}, ValueError, r"value must have as many positions and samples as key, \(2, 15\); got \(2, 3\)"),
+        (
+            (X, Y, Y[:, :3]),
+            {},
+            ValueError,
+            r"value must have as many positions and samples as key, \(2, 15\); got \(2, 3\)",
+        ),
         ((X, Y[:1], Y[:1]), {}, ValueError, r"key must have B = 2, as query; got 1"),
-        ((X, Y, Y), {"key_padding_mask": torch.zeros(2, 9).bool()}, ValueError, r"key_padding_mask must have shape \(2, 15\); got \(2, 9\)"),
-        ((X, Y, Y), {"key_padding_mask": torch.zeros(2, 15).long()}, TypeError, "key_padding_mask must be bool or float; got torch.int64"),
+        (
+            (X, Y, Y),
+            {"key_padding_mask": torch.zeros(2, 9).bool()},
+            ValueError,
+            r"key_padding_mask must have shape \(2, 15\); got \(2, 9\)",
+        ),
+        (
+            (X, Y, Y),
+            {"key_padding_mask": torch.zeros(2, 15).long()},
+            TypeError,
+            "key_padding_mask must be bool or float; got torch.int64",
+        ),
     ],
 )
 def test_forward_refuses_with_the_reason(arguments, options, error, message):
@@ -257,5 +335,7 @@ def test_forward_refuses_with_the_reason(arguments, options, error, message):
 
 def test_nested_tensors_are_refused_with_the_way_out():
     nested = torch.nested.nested_tensor([X[0], X[1, :4]], layout=torch.jagged)
-    with pytest.raises(NotImplementedError, match="query must not be nested; pad it and pass key_padding_mask"):
+    with pytest.raises(
+        NotImplementedError, match="query must not be nested; pad it and pass key_padding_mask"
+    ):
         build()(nested, nested, nested)

@@ -31,7 +31,11 @@ def results(module, x, slope=None, **options):
     y = module(x, **options)
     slope = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y) if slope is None else slope
     grads = torch.autograd.grad(y, (x, *module.parameters()), slope)
-    return {"y": y, "x": grads[0], **dict(zip(dict(module.named_parameters()), grads[1:], strict=True))}
+    return {
+        "y": y,
+        "x": grads[0],
+        **dict(zip(dict(module.named_parameters()), grads[1:], strict=True)),
+    }
 
 
 def paper_module(state, x, num_heads):
@@ -45,7 +49,9 @@ def paper_module(state, x, num_heads):
     queries, keys, values = (project(name, features) for name in ("queries", "keys", "values"))
     heads = [
         torch.softmax(q, dim=1) @ (torch.softmax(k, dim=0).T @ v)
-        for q, k, v in zip(*(y.chunk(num_heads, dim=1) for y in (queries, keys, values)), strict=True)
+        for q, k, v in zip(
+            *(y.chunk(num_heads, dim=1) for y in (queries, keys, values)), strict=True
+        )
     ]
     return x + project("reprojection", torch.cat(heads, dim=1)).T.reshape(x.shape)
 
@@ -108,7 +114,9 @@ def test_dimensions_agree_on_a_flattened_map(kind):
     flat_kind = ea.EfficientAttention1d if kind in EFFICIENT else ea.NonLocal1d
     options = {"num_heads": 2, "init": "official", "dtype": torch.float64}
     module, flat = kind(6, 4, 8, **options), flat_kind(6, 4, 8, **options)
-    flat.load_state_dict({k: v.view_as(flat.state_dict()[k]) for k, v in module.state_dict().items()})
+    flat.load_state_dict(
+        {k: v.view_as(flat.state_dict()[k]) for k, v in module.state_dict().items()}
+    )
     x = feature_map(kind._dimensions)
     torch.testing.assert_close(module(x).flatten(2), flat(x.flatten(2)), **EXACT)
 
@@ -126,7 +134,9 @@ def test_scaling_module_equals_the_non_local_block_of_the_same_state_dict():
 def test_non_local_block_is_the_embedded_gaussian():
     block = ea.NonLocal2d(6, 4, 8, num_heads=2, init="official", dtype=torch.float64)
     x = feature_map(2)
-    q, k, v = (f(x).flatten(2).unflatten(1, (2, -1)) for f in (block.queries, block.keys, block.values))
+    q, k, v = (
+        f(x).flatten(2).unflatten(1, (2, -1)) for f in (block.queries, block.keys, block.values)
+    )
     attended = v @ torch.softmax(q.mT @ k, dim=-1).mT  # [B, h, dv / h, n]
     expected = x + block.reprojection(attended.flatten(1, 2).view(2, 8, 7, 5))
     torch.testing.assert_close(block(x), expected, **EXACT)
@@ -135,7 +145,9 @@ def test_non_local_block_is_the_embedded_gaussian():
 @pytest.mark.parametrize("kind", [ea.EfficientAttention2d, ea.NonLocal2d])
 @pytest.mark.parametrize("normalization", ["softmax", "scaling"])
 def test_padding_and_batch_mates_change_nothing(kind, normalization):
-    module = kind(6, 4, 8, num_heads=2, init="official", normalization=normalization, dtype=torch.float64)
+    module = kind(
+        6, 4, 8, num_heads=2, init="official", normalization=normalization, dtype=torch.float64
+    )
     small, large = feature_map(2, batch=1), torch.randn(1, 6, 11, 9, dtype=torch.float64)
     batch = torch.full((2, 6, 11, 9), 1e6, dtype=torch.float64)
     batch[0, :, :7, :5], batch[1] = small[0], large[0]
@@ -161,11 +173,16 @@ def test_auto_folds_where_the_multiply_adds_say_so():
     x = torch.empty(1, 64, 100, 100, device="meta")
     assert ea.EfficientAttention2d(64, 32, 64).planned_order(x) == "folded"
     assert ea.EfficientAttention2d(64, 128, 32, num_heads=8).planned_order(x) == "linear"
-    assert ea.EfficientAttention2d(64, 32, 64, num_heads=1).planned_order(x[..., :3, :3]) == "quadratic"
+    assert (
+        ea.EfficientAttention2d(64, 32, 64, num_heads=1).planned_order(x[..., :3, :3])
+        == "quadratic"
+    )
 
 
 @pytest.mark.parametrize("projection", ["values", "reprojection"])
-@pytest.mark.parametrize("notice", ["hook", "pre-hook", "backward hook", "parametrization", "subclass"])
+@pytest.mark.parametrize(
+    "notice", ["hook", "pre-hook", "backward hook", "parametrization", "subclass"]
+)
 def test_nothing_is_folded_that_would_notice(projection, notice):
     module, x = official(num_heads=2, order="linear"), feature_map(2)
     expected = results(module, x)["y"]
@@ -194,7 +211,10 @@ def test_nothing_is_folded_that_would_notice(projection, notice):
     one_sided = {"values": "folded_output", "reprojection": "folded_values"}[projection]
     assert module.planned_order(x) in (one_sided, "linear")
     module.order = "folded"
-    with pytest.raises(NotImplementedError, match=f"order='folded': {projection} cannot be folded into the context: it "):
+    with pytest.raises(
+        NotImplementedError,
+        match=f"order='folded': {projection} cannot be folded into the context: it ",
+    ):
         module(x)
 
 
@@ -202,7 +222,9 @@ def test_a_hook_on_the_keys_sees_what_it_saw_before():
     module, x, seen = official(), feature_map(2), []
     module.keys.register_forward_hook(lambda m, args, out: seen.append(out))
     module(x)
-    torch.testing.assert_close(seen[0], nn.functional.conv2d(x, module.keys.weight, module.keys.bias), **EXACT)
+    torch.testing.assert_close(
+        seen[0], nn.functional.conv2d(x, module.keys.weight, module.keys.bias), **EXACT
+    )
 
 
 @pytest.mark.parametrize("kind", EFFICIENT + NON_LOCAL)
@@ -232,14 +254,19 @@ def test_trains_under_autocast(order):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", ["linear", "folded"])
 def test_low_precision_module_stays_near_the_exact_one(dtype, order):
-    module = ea.EfficientAttention2d(32, 16, 32, num_heads=4, init="official", order=order, residual=False)
+    module = ea.EfficientAttention2d(
+        32, 16, 32, num_heads=4, init="official", order=order, residual=False
+    )
     x = torch.randn(1, 32, 40, 50)
     low = copy.deepcopy(module).to(dtype)
     exact = copy.deepcopy(low).double()(x.to(dtype).double())
     plain = copy.deepcopy(low)
 
     def by_hand(x):
-        q, k, v = (f(x).flatten(2).unflatten(1, (4, -1)).mT for f in (plain.queries, plain.keys, plain.values))
+        q, k, v = (
+            f(x).flatten(2).unflatten(1, (4, -1)).mT
+            for f in (plain.queries, plain.keys, plain.values)
+        )
         attended = q.softmax(-1) @ (k.softmax(-2).mT @ v)
         return plain.reprojection(attended.mT.flatten(1, 2).unflatten(2, (40, 50)))
 
@@ -268,7 +295,11 @@ def test_evaluation_does_not_hold_values_or_attended_values():
         ((6, 4, 8), {"num_heads": 0}, r"num_heads must be a positive integer; got 0"),
         ((1,), {}, r"key_channels must be a positive integer; got 0"),
         ((6, 4.0, 8), {}, r"key_channels must be a positive integer; got 4\.0"),
-        ((6, 4, 8), {"normalization": "relu"}, r"normalization must be one of 'softmax', 'scaling'; got 'relu'"),
+        (
+            (6, 4, 8),
+            {"normalization": "relu"},
+            r"normalization must be one of 'softmax', 'scaling'; got 'relu'",
+        ),
         ((6, 4, 8), {"init": "ones"}, r"init must be one of 'zero', 'official'; got 'ones'"),
     ],
 )
@@ -279,7 +310,9 @@ def test_constructor_errors_name_the_argument(kind, arguments, options, message)
 
 
 def test_unknown_order_lists_the_valid_ones():
-    with pytest.raises(ValueError, match=r"order must be one of 'auto', 'linear', .*'folded'; got 'fold'"):
+    with pytest.raises(
+        ValueError, match=r"order must be one of 'auto', 'linear', .*'folded'; got 'fold'"
+    ):
         ea.EfficientAttention2d(6, order="fold")
     with pytest.raises(TypeError, match="heads"):
         ea.EfficientAttention2d(6, heads=2)
@@ -288,16 +321,25 @@ def test_unknown_order_lists_the_valid_ones():
 @pytest.mark.parametrize("kind", [ea.EfficientAttention2d, ea.NonLocal2d])
 def test_input_errors_name_the_argument(kind):
     module = kind(6, 4, 8)
-    with pytest.raises(ValueError, match=r"x must have shape \[B, C, H, W\] with C = 6; got \(2, 5, 7, 7\)"):
+    with pytest.raises(
+        ValueError, match=r"x must have shape \[B, C, H, W\] with C = 6; got \(2, 5, 7, 7\)"
+    ):
         module(torch.randn(2, 5, 7, 7))
-    with pytest.raises(ValueError, match=r"x must have shape \[B, C, H, W\] with C = 6; got \(6, 7, 7\)"):
+    with pytest.raises(
+        ValueError, match=r"x must have shape \[B, C, H, W\] with C = 6; got \(6, 7, 7\)"
+    ):
         module(torch.randn(6, 7, 7))
     with pytest.raises(TypeError, match=r"x must be a tensor \[B, C, H, W\]; got list"):
         module([1.0])
-    with pytest.raises(ValueError, match=r"key_mask must have shape \[B, H, W\] = \(2, 7, 5\); got \(2, 5, 7\)"):
+    with pytest.raises(
+        ValueError, match=r"key_mask must have shape \[B, H, W\] = \(2, 7, 5\); got \(2, 5, 7\)"
+    ):
         module(feature_map(2, dtype=torch.float32), key_mask=torch.ones(2, 5, 7).bool())
 
 
 def test_repr_shows_the_options():
     module = ea.EfficientAttention2d(6, 4, 8, num_heads=2, order="folded")
-    assert "6, 4, 8, num_heads=2, normalization='softmax', residual=True, init='zero', order='folded'" in repr(module)
+    assert (
+        "6, 4, 8, num_heads=2, normalization='softmax', residual=True, init='zero', order='folded'"
+        in repr(module)
+    )

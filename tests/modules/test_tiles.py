@@ -24,7 +24,14 @@ class Tiles:
 @pytest.mark.parametrize("order", ["auto", "linear", "folded"])
 def test_tiles_equal_the_whole_image(normalization, order):
     module = ea.EfficientAttention2d(
-        6, 4, 8, num_heads=2, init="official", normalization=normalization, order=order, dtype=torch.float64
+        6,
+        4,
+        8,
+        num_heads=2,
+        init="official",
+        normalization=normalization,
+        order=order,
+        dtype=torch.float64,
     )
     image = torch.randn(1, 6, 10, 11, dtype=torch.float64)
     tiles = Tiles(image)
@@ -61,7 +68,7 @@ def test_overlap_is_hidden_by_masks():
 
 def test_a_generator_is_refused_at_once():
     module = ea.EfficientAttention2d(6)
-    with pytest.raises(TypeError, match="tiles must be iterable twice, .* got a generator"):
+    with pytest.raises(TypeError, match=r"tiles must be iterable twice, .* got a generator"):
         ea.attend_tiles(module, (x for x in [torch.zeros(1, 6, 2, 2)]))
 
 
@@ -71,5 +78,5 @@ def test_errors_name_the_argument():
         next(ea.attend_tiles(module, []))
     with pytest.raises(ValueError, match="key_masks must be as many as tiles"):
         next(ea.attend_tiles(module, [tile, tile], key_masks=[None]))
-    with pytest.raises(TypeError, match="module must be an EfficientAttention.* got NonLocal2d"):
+    with pytest.raises(TypeError, match=r"module must be an EfficientAttention.* got NonLocal2d"):
         ea.attend_tiles(ea.NonLocal2d(6), [tile])

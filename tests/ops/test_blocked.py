@@ -26,14 +26,18 @@ def layouts(x):
 
 
 def gradients(output, inputs):
-    slope = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    slope = torch.randn(
+        output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     return torch.autograd.grad(output, inputs, slope.to(output.dtype))
 
 
 @pytest.mark.parametrize("normalization", ["softmax", "scaling"])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_values_and_gradients_match_the_oracle_in_many_blocks(normalization, sizes, masked, short_blocks):
+def test_values_and_gradients_match_the_oracle_in_many_blocks(
+    normalization, sizes, masked, short_blocks
+):
     inputs = make_inputs(*sizes, requires_grad=True)
     mask = torch.rand(sizes[0], 1, sizes[3]) > 0.3 if masked else None
     results = {}
@@ -68,7 +72,7 @@ def test_gradients_through_log_weight_match_the_oracle(normalization, short_bloc
     results = []
     for backend in ("blocked", "reference"):
         context = summarize(key, value, key_mask=mask, normalization=normalization, backend=backend)
-        objective = (context.mean.sin().sum() + context.log_weight.sin().sum())
+        objective = context.mean.sin().sum() + context.log_weight.sin().sum()
         results.append(torch.autograd.grad(objective, (key, value)))
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
 
@@ -99,7 +103,8 @@ def test_every_dtype_and_layout_is_as_precise_as_a_plain_run(dtype, layout, shor
         plain_attention(*exact),
     ]
     all_results = [
-        (out, *gradients(out, tensors)) for out, tensors in zip(outputs, (leaves, plain, exact), strict=True)
+        (out, *gradients(out, tensors))
+        for out, tensors in zip(outputs, (leaves, plain, exact), strict=True)
     ]
     for name, got, low, truth in zip(
         ("output", "d_query", "d_key", "d_value"), *all_results, strict=True

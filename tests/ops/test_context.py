@@ -63,9 +63,7 @@ def test_whole_equals_merged_in_any_split_and_any_order(normalization, masked):
 
 def test_merge_is_associative():
     _, key, value = make_inputs(keys=30)
-    a, b, c = (
-        summarize(k, v) for k, v in zip(key.split(10, 2), value.split(10, 2), strict=True)
-    )
+    a, b, c = (summarize(k, v) for k, v in zip(key.split(10, 2), value.split(10, 2), strict=True))
     left, right, flat = a.merge(b).merge(c), a.merge(b.merge(c)), a.merge(b, c)
     for other in (right, flat):
         torch.testing.assert_close(left, other, rtol=0, atol=1e-14)
@@ -74,9 +72,7 @@ def test_merge_is_associative():
 def test_gradients_through_merge_equal_those_of_the_whole():
     query, key, value = make_inputs(requires_grad=True)
     whole = efficient_attention(query, key, value).square().sum()
-    parts = [
-        summarize(k, v) for k, v in zip(key.split(20, 2), value.split(20, 2), strict=True)
-    ]
+    parts = [summarize(k, v) for k, v in zip(key.split(20, 2), value.split(20, 2), strict=True)]
     merged = attend(query, parts[0].merge(*parts[1:])).square().sum()
     expected = torch.autograd.grad(whole, (query, key, value))
     got = torch.autograd.grad(merged, (query, key, value))
@@ -88,7 +84,7 @@ def test_gradients_through_merge_with_an_empty_part_are_finite():
     hidden = torch.zeros(2, 53, dtype=torch.bool)
     context = summarize(key, value, key_mask=hidden).merge(summarize(key, value, key_mask=hidden))
     output = attend(query, context)
-    grads = torch.autograd.grad(output.sum() , (query, key, value))
+    grads = torch.autograd.grad(output.sum(), (query, key, value))
     assert torch.equal(output, torch.zeros_like(output))
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
 
@@ -111,11 +107,16 @@ def test_merge_refuses_what_is_no_context():
 
 def test_merge_refuses_other_shapes():
     other = Context(torch.zeros(1, 1, 2, 1).double(), torch.zeros(1, 1, 2).double())
-    with pytest.raises(ValueError, match=r"others\[0\]\.mean must match \(1, 1, 1, 1\) torch\.float64 .* got \(1, 1, 2, 1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"others\[0\]\.mean must match \(1, 1, 1, 1\) torch\.float64 .* got \(1, 1, 2, 1\)",
+    ):
         scalar_context(1.0, 0.0).merge(other)
 
 
 def test_merge_refuses_other_dtypes():
     other = Context(*(x.float() for x in scalar_context(1.0, 0.0)))
-    with pytest.raises(ValueError, match=r"others\[0\]\.mean must match .* got \(1, 1, 1, 1\) torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"others\[0\]\.mean must match .* got \(1, 1, 1, 1\) torch\.float32"
+    ):
         scalar_context(1.0, 0.0).merge(other)

@@ -5,7 +5,13 @@ import re
 import pytest
 import torch
 
-from efficient_attention import Context, attend, dot_product_attention, efficient_attention, summarize
+from efficient_attention import (
+    Context,
+    attend,
+    dot_product_attention,
+    efficient_attention,
+    summarize,
+)
 from efficient_attention.testing import make_inputs
 
 Q, K, V = make_inputs()
@@ -20,52 +26,220 @@ def bad(function, *args, **kwargs):
     ("call", "error", "message"),
     [
         # Options.
-        (bad(efficient_attention, Q, K, V, normalization="sofmax"), ValueError, "normalization must be one of 'softmax', 'scaling'; got 'sofmax'"),
-        (bad(efficient_attention, Q, K, V, order="fast"), ValueError, "order must be one of 'auto', 'linear', 'quadratic'; got 'fast'"),
-        (bad(efficient_attention, Q, K, V, backend="cuda"), ValueError, "backend must be one of 'auto', 'reference', 'blocked'; got 'cuda'"),
-        (bad(efficient_attention, Q, K, V, order="quadratic", backend="blocked"), NotImplementedError, "backend='blocked' computes order='linear' only; for order='quadratic' use backend='auto'"),
-        (bad(efficient_attention, Q, K, V, mask=None), TypeError, "unexpected keyword argument 'mask'"),
-        (bad(efficient_attention, Q, K, V, dropout_p=0.1), TypeError, "unexpected keyword argument 'dropout_p'"),
-        (bad(summarize, K, V, normalization="l2"), ValueError, "normalization must be one of 'softmax', 'scaling'; got 'l2'"),
-        (bad(summarize, K, V, backend="x"), ValueError, "backend must be one of 'auto', 'reference', 'blocked'; got 'x'"),
-        (bad(attend, Q, CONTEXT, normalization=None), ValueError, "normalization must be one of 'softmax', 'scaling'; got None"),
-        (bad(attend, Q, CONTEXT, backend="x"), ValueError, "backend must be one of 'auto', 'reference', 'blocked'; got 'x'"),
-        (bad(attend, Q, CONTEXT, num_groups=3), ValueError, "num_groups must divide query's Dk = 8; got 3"),
-        (bad(attend, Q, CONTEXT, num_groups=0), ValueError, "num_groups must divide query's Dk = 8; got 0"),
-        (bad(dot_product_attention, Q, K, V, normalization="x"), ValueError, "normalization must be one of 'softmax', 'scaling'; got 'x'"),
-        (bad(dot_product_attention, Q, K, V, normalization="scaling", scale=0.5), ValueError, "scale must be 1 with normalization='scaling'; got 0.5"),
+        (
+            bad(efficient_attention, Q, K, V, normalization="sofmax"),
+            ValueError,
+            "normalization must be one of 'softmax', 'scaling'; got 'sofmax'",
+        ),
+        (
+            bad(efficient_attention, Q, K, V, order="fast"),
+            ValueError,
+            "order must be one of 'auto', 'linear', 'quadratic'; got 'fast'",
+        ),
+        (
+            bad(efficient_attention, Q, K, V, backend="cuda"),
+            ValueError,
+            "backend must be one of 'auto', 'reference', 'blocked'; got 'cuda'",
+        ),
+        (
+            bad(efficient_attention, Q, K, V, order="quadratic", backend="blocked"),
+            NotImplementedError,
+            "backend='blocked' computes order='linear' only; for order='quadratic' use backend='auto'",
+        ),
+        (
+            bad(efficient_attention, Q, K, V, mask=None),
+            TypeError,
+            "unexpected keyword argument 'mask'",
+        ),
+        (
+            bad(efficient_attention, Q, K, V, dropout_p=0.1),
+            TypeError,
+            "unexpected keyword argument 'dropout_p'",
+        ),
+        (
+            bad(summarize, K, V, normalization="l2"),
+            ValueError,
+            "normalization must be one of 'softmax', 'scaling'; got 'l2'",
+        ),
+        (
+            bad(summarize, K, V, backend="x"),
+            ValueError,
+            "backend must be one of 'auto', 'reference', 'blocked'; got 'x'",
+        ),
+        (
+            bad(attend, Q, CONTEXT, normalization=None),
+            ValueError,
+            "normalization must be one of 'softmax', 'scaling'; got None",
+        ),
+        (
+            bad(attend, Q, CONTEXT, backend="x"),
+            ValueError,
+            "backend must be one of 'auto', 'reference', 'blocked'; got 'x'",
+        ),
+        (
+            bad(attend, Q, CONTEXT, num_groups=3),
+            ValueError,
+            "num_groups must divide query's Dk = 8; got 3",
+        ),
+        (
+            bad(attend, Q, CONTEXT, num_groups=0),
+            ValueError,
+            "num_groups must divide query's Dk = 8; got 0",
+        ),
+        (
+            bad(dot_product_attention, Q, K, V, normalization="x"),
+            ValueError,
+            "normalization must be one of 'softmax', 'scaling'; got 'x'",
+        ),
+        (
+            bad(dot_product_attention, Q, K, V, normalization="scaling", scale=0.5),
+            ValueError,
+            "scale must be 1 with normalization='scaling'; got 0.5",
+        ),
         # What is no tensor, or none of the right kind.
-        (bad(efficient_attention, [1.0], K, V), TypeError, "query must be a tensor [B, H, positions, channels]; got list"),
-        (bad(efficient_attention, Q, None, V), TypeError, "key must be a tensor [B, H, positions, channels]; got NoneType"),
-        (bad(efficient_attention, Q, K, 3), TypeError, "value must be a tensor [B, H, positions, channels]; got int"),
-        (bad(efficient_attention, Q.long(), K, V), TypeError, "query must have dtype float16, bfloat16, float32, float64; got torch.int64"),
-        (bad(summarize, K.to(torch.complex64), V), TypeError, "key must have dtype float16, bfloat16, float32, float64; got torch.complex64"),
-        (bad(efficient_attention, Q[0], K, V), ValueError, "query must have shape [B, H, positions, channels]; got (3, 37, 8)"),
-        (bad(summarize, K, V[0]), ValueError, "value must have shape [B, H, positions, channels]; got (3, 53, 5)"),
-        (bad(attend, Q[0], CONTEXT), ValueError, "query must have shape [B, H, positions, channels]; got (3, 37, 8)"),
+        (
+            bad(efficient_attention, [1.0], K, V),
+            TypeError,
+            "query must be a tensor [B, H, positions, channels]; got list",
+        ),
+        (
+            bad(efficient_attention, Q, None, V),
+            TypeError,
+            "key must be a tensor [B, H, positions, channels]; got NoneType",
+        ),
+        (
+            bad(efficient_attention, Q, K, 3),
+            TypeError,
+            "value must be a tensor [B, H, positions, channels]; got int",
+        ),
+        (
+            bad(efficient_attention, Q.long(), K, V),
+            TypeError,
+            "query must have dtype float16, bfloat16, float32, float64; got torch.int64",
+        ),
+        (
+            bad(summarize, K.to(torch.complex64), V),
+            TypeError,
+            "key must have dtype float16, bfloat16, float32, float64; got torch.complex64",
+        ),
+        (
+            bad(efficient_attention, Q[0], K, V),
+            ValueError,
+            "query must have shape [B, H, positions, channels]; got (3, 37, 8)",
+        ),
+        (
+            bad(summarize, K, V[0]),
+            ValueError,
+            "value must have shape [B, H, positions, channels]; got (3, 53, 5)",
+        ),
+        (
+            bad(attend, Q[0], CONTEXT),
+            ValueError,
+            "query must have shape [B, H, positions, channels]; got (3, 37, 8)",
+        ),
         (bad(attend, Q, tuple(CONTEXT)), TypeError, "context must be a Context; got tuple"),
         # Tensors that do not fit together.
-        (bad(efficient_attention, Q, K[..., :4], V), ValueError, "key must have shape [B, H, M, Dk] matching query's B, H, Dk = (2, 3, 8); got (2, 3, 53, 4)"),
-        (bad(efficient_attention, Q, K[:1], V), ValueError, "key must have shape [B, H, M, Dk] matching query's B, H, Dk = (2, 3, 8); got (1, 3, 53, 8)"),
-        (bad(efficient_attention, Q, K, V[:, :, :50]), ValueError, "value must have shape [B, H, M, Dv] matching key's B, H, M = (2, 3, 53); got (2, 3, 50, 5)"),
-        (bad(dot_product_attention, Q, K, V[:, :1]), ValueError, "value must have shape [B, H, M, Dv] matching key's B, H, M = (2, 3, 53); got (2, 1, 53, 5)"),
-        (bad(summarize, K, V[:, :, :50]), ValueError, "value must have shape [B, H, M, Dv] matching key's B, H, M = (2, 3, 53); got (2, 3, 50, 5)"),
-        (bad(attend, Q[..., :4], CONTEXT), ValueError, "context.mean must have shape [B, H, Dk, Dv] matching query's B, H, Dk = (2, 3, 4); got (2, 3, 8, 5)"),
-        (bad(attend, Q, Context(CONTEXT.mean[0], CONTEXT.log_weight)), ValueError, "context.mean must have shape [B, H, Dk, Dv] matching query's B, H, Dk = (2, 3, 8); got (3, 8, 5)"),
-        (bad(efficient_attention, Q, K.float(), V), ValueError, "key must have query's dtype and device torch.float64 cpu; got torch.float32 cpu"),
-        (bad(efficient_attention, Q, K, V.float()), ValueError, "value must have query's dtype and device torch.float64 cpu; got torch.float32 cpu"),
-        (bad(efficient_attention, Q, K.to("meta"), V), ValueError, "key must have query's dtype and device torch.float64 cpu; got torch.float64 meta"),
-        (bad(summarize, K, V.to("meta")), ValueError, "value must have key's dtype and device torch.float64 cpu; got torch.float64 meta"),
-        (bad(attend, Q, Context(*(x.to("meta") for x in CONTEXT))), ValueError, "context must be on query's device cpu; got meta"),
+        (
+            bad(efficient_attention, Q, K[..., :4], V),
+            ValueError,
+            "key must have shape [B, H, M, Dk] matching query's B, H, Dk = (2, 3, 8); got (2, 3, 53, 4)",
+        ),
+        (
+            bad(efficient_attention, Q, K[:1], V),
+            ValueError,
+            "key must have shape [B, H, M, Dk] matching query's B, H, Dk = (2, 3, 8); got (1, 3, 53, 8)",
+        ),
+        (
+            bad(efficient_attention, Q, K, V[:, :, :50]),
+            ValueError,
+            "value must have shape [B, H, M, Dv] matching key's B, H, M = (2, 3, 53); got (2, 3, 50, 5)",
+        ),
+        (
+            bad(dot_product_attention, Q, K, V[:, :1]),
+            ValueError,
+            "value must have shape [B, H, M, Dv] matching key's B, H, M = (2, 3, 53); got (2, 1, 53, 5)",
+        ),
+        (
+            bad(summarize, K, V[:, :, :50]),
+            ValueError,
+            "value must have shape [B, H, M, Dv] matching key's B, H, M = (2, 3, 53); got (2, 3, 50, 5)",
+        ),
+        (
+            bad(attend, Q[..., :4], CONTEXT),
+            ValueError,
+            "context.mean must have shape [B, H, Dk, Dv] matching query's B, H, Dk = (2, 3, 4); got (2, 3, 8, 5)",
+        ),
+        (
+            bad(attend, Q, Context(CONTEXT.mean[0], CONTEXT.log_weight)),
+            ValueError,
+            "context.mean must have shape [B, H, Dk, Dv] matching query's B, H, Dk = (2, 3, 8); got (3, 8, 5)",
+        ),
+        (
+            bad(efficient_attention, Q, K.float(), V),
+            ValueError,
+            "key must have query's dtype and device torch.float64 cpu; got torch.float32 cpu",
+        ),
+        (
+            bad(efficient_attention, Q, K, V.float()),
+            ValueError,
+            "value must have query's dtype and device torch.float64 cpu; got torch.float32 cpu",
+        ),
+        (
+            bad(efficient_attention, Q, K.to("meta"), V),
+            ValueError,
+            "key must have query's dtype and device torch.float64 cpu; got torch.float64 meta",
+        ),
+        (
+            bad(summarize, K, V.to("meta")),
+            ValueError,
+            "value must have key's dtype and device torch.float64 cpu; got torch.float64 meta",
+        ),
+        (
+            bad(attend, Q, Context(*(x.to("meta") for x in CONTEXT))),
+            ValueError,
+            "context must be on query's device cpu; got meta",
+        ),
         # Masks.
-        (bad(efficient_attention, Q, K, V, key_mask=[True]), TypeError, "key_mask must be a tensor, bool [B, M] or broadcastable to [B, H, M] = (2, 3, 53); got list"),
-        (bad(efficient_attention, Q, K, V, key_mask=torch.ones(2, 53)), TypeError, "key_mask must be bool [B, M] or broadcastable to [B, H, M] = (2, 3, 53); got torch.float32"),
-        (bad(summarize, K, V, key_mask=torch.ones(2, 37).bool()), ValueError, "key_mask must be bool [B, M] or broadcastable to [B, H, M] = (2, 3, 53); got shape (2, 37)"),
-        (bad(summarize, K, V, key_mask=torch.ones(3, 53).bool()), ValueError, "key_mask must be bool [B, M] or broadcastable to [B, H, M] = (2, 3, 53); got shape (3, 53)"),
-        (bad(efficient_attention, Q, K, V, key_mask=torch.ones(2, 3, 37, 53).bool()), ValueError, "got shape (2, 3, 37, 53)"),
-        (bad(efficient_attention, Q, K, V, key_mask=torch.ones(2, 1).bool()), ValueError, "got shape (2, 1)"),
-        (bad(dot_product_attention, Q, K, V, key_mask=torch.ones(37, 53).bool()), ValueError, "got shape (37, 53)"),
-        (bad(efficient_attention, Q, K, V, key_mask=torch.ones(2, 53).bool().to("meta")), ValueError, "key_mask must be on key's device cpu; got meta"),
+        (
+            bad(efficient_attention, Q, K, V, key_mask=[True]),
+            TypeError,
+            "key_mask must be a tensor, bool [B, M] or broadcastable to [B, H, M] = (2, 3, 53); got list",
+        ),
+        (
+            bad(efficient_attention, Q, K, V, key_mask=torch.ones(2, 53)),
+            TypeError,
+            "key_mask must be bool [B, M] or broadcastable to [B, H, M] = (2, 3, 53); got torch.float32",
+        ),
+        (
+            bad(summarize, K, V, key_mask=torch.ones(2, 37).bool()),
+            ValueError,
+            "key_mask must be bool [B, M] or broadcastable to [B, H, M] = (2, 3, 53); got shape (2, 37)",
+        ),
+        (
+            bad(summarize, K, V, key_mask=torch.ones(3, 53).bool()),
+            ValueError,
+            "key_mask must be bool [B, M] or broadcastable to [B, H, M] = (2, 3, 53); got shape (3, 53)",
+        ),
+        (
+            bad(efficient_attention, Q, K, V, key_mask=torch.ones(2, 3, 37, 53).bool()),
+            ValueError,
+            "got shape (2, 3, 37, 53)",
+        ),
+        (
+            bad(efficient_attention, Q, K, V, key_mask=torch.ones(2, 1).bool()),
+            ValueError,
+            "got shape (2, 1)",
+        ),
+        (
+            bad(dot_product_attention, Q, K, V, key_mask=torch.ones(37, 53).bool()),
+            ValueError,
+            "got shape (37, 53)",
+        ),
+        (
+            bad(efficient_attention, Q, K, V, key_mask=torch.ones(2, 53).bool().to("meta")),
+            ValueError,
+            "key_mask must be on key's device cpu; got meta",
+        ),
     ],
 )
 def test_misuse_names_the_argument_what_was_expected_and_what_came(call, error, message):

@@ -48,7 +48,11 @@ def test_forward_mode_is_right():
         return efficient_attention(q, k, v, order="linear")
 
     assert torch.autograd.gradcheck(
-        function, inputs, check_forward_ad=True, check_backward_ad=False, check_batched_forward_grad=True
+        function,
+        inputs,
+        check_forward_ad=True,
+        check_backward_ad=False,
+        check_batched_forward_grad=True,
     )
 
 
@@ -67,14 +71,20 @@ def test_jvp_equals_the_product_with_the_jacobian():
 
 
 def test_vmap_equals_a_loop():
-    stacks = [torch.stack(x) for x in zip(*(make_inputs(*SMALL, seed=s) for s in range(3)), strict=True)]
+    stacks = [
+        torch.stack(x) for x in zip(*(make_inputs(*SMALL, seed=s) for s in range(3)), strict=True)
+    ]
     got = torch.func.vmap(lambda q, k, v: efficient_attention(q, k, v, order="linear"))(*stacks)
-    expected = torch.stack([efficient_attention(*x, order="linear") for x in zip(*stacks, strict=True)])
+    expected = torch.stack(
+        [efficient_attention(*x, order="linear") for x in zip(*stacks, strict=True)]
+    )
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 def test_per_sample_gradients_equal_a_loop():
-    stacks = [torch.stack(x) for x in zip(*(make_inputs(*SMALL, seed=s) for s in range(3)), strict=True)]
+    stacks = [
+        torch.stack(x) for x in zip(*(make_inputs(*SMALL, seed=s) for s in range(3)), strict=True)
+    ]
 
     def objective(q, k, v):
         return efficient_attention(q, k, v, order="linear").square().sum()
@@ -93,7 +103,11 @@ def test_operators_pass_opcheck(normalization, masked):
     mask = torch.rand(2, 1, 53) > 0.3 if masked else None
     torch.library.opcheck(library.summarize, (key, value, mask, normalization))
     mean = torch.randn(2, 3, 8, 5, dtype=torch.float64, requires_grad=True)
-    for q in (query, query.detach().mT.contiguous().mT, query.detach().transpose(1, 2).contiguous().transpose(1, 2)):
+    for q in (
+        query,
+        query.detach().mT.contiguous().mT,
+        query.detach().transpose(1, 2).contiguous().transpose(1, 2),
+    ):
         torch.library.opcheck(library.attend, (q, mean, normalization, 2))
     q, k, v = (x.detach() for x in (query, key, value))
     log_weight = torch.randn(2, 3, 8, dtype=torch.float64)
@@ -167,7 +181,9 @@ def test_float64_is_left_alone_by_autocast():
 def test_checkpointing_gives_the_same_gradients(reentrant):
     inputs = make_inputs(requires_grad=True)
     expected = torch.autograd.grad(efficient_attention(*inputs).square().sum(), inputs)
-    objective = checkpoint(lambda *x: efficient_attention(*x).square().sum(), *inputs, use_reentrant=reentrant)
+    objective = checkpoint(
+        lambda *x: efficient_attention(*x).square().sum(), *inputs, use_reentrant=reentrant
+    )
     objective.backward()
     for x, grad in zip(inputs, expected, strict=True):
         torch.testing.assert_close(x.grad, grad, rtol=0, atol=1e-12)
@@ -196,11 +212,15 @@ def test_a_named_backend_does_not_fall_back_silently():
     def function(q):
         return efficient_attention(q, key, value, backend="blocked")
 
-    with pytest.raises(NotImplementedError, match=r"backend='blocked': .*torch\.func.*use backend='auto'"):
+    with pytest.raises(
+        NotImplementedError, match=r"backend='blocked': .*torch\.func.*use backend='auto'"
+    ):
         torch.func.vmap(function)(torch.stack((query, query)))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(query, query)
-        with pytest.raises(NotImplementedError, match="backend='blocked': it has no forward-mode derivative"):
+        with pytest.raises(
+            NotImplementedError, match="backend='blocked': it has no forward-mode derivative"
+        ):
             function(dual)
 
 

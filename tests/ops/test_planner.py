@@ -31,7 +31,9 @@ def test_operator_bytes_match_hand_computed_numbers():
 
 def test_module_multiply_adds_match_hand_computed_numbers():
     # The paper's module: C = 256, dk = 128, dv = 256, one head; per position 131,072 folded against 262,144.
-    costs = module_costs(queries=65536, keys=65536, in_channels=256, key_channels=128, value_channels=256)
+    costs = module_costs(
+        queries=65536, keys=65536, in_channels=256, key_channels=128, value_channels=256
+    )
     per_position = {order: cost.multiply_adds / 65536 for order, cost in costs.items()}
     assert per_position["linear"] == 256 * 128 * 2 + 256 * 256 * 2 + 128 * 256 * 2 == 262_144
     context = 128 * 256 * 256 / 65536  # one product of the size of a context on each side
@@ -58,7 +60,12 @@ def test_folding_pays_by_the_rule_of_channels():
             for dv in (32, 128, 256):
                 for heads in (1, 8):
                     costs = module_costs(
-                        queries=1 << 30, keys=1 << 30, in_channels=c, key_channels=dk, value_channels=dv, heads=heads
+                        queries=1 << 30,
+                        keys=1 << 30,
+                        in_channels=c,
+                        key_channels=dk,
+                        value_channels=dv,
+                        heads=heads,
                     )
                     pays = c * dk < c * dv + dk * dv / heads
                     assert cheapest(costs) == ("folded" if pays else "linear")
@@ -71,12 +78,16 @@ def test_cheapest_breaks_ties_by_bytes_and_respects_a_choice():
     assert cheapest(costs, among=["quadratic"]) == "quadratic"
 
 
-@pytest.mark.parametrize(("channels", "expected"), [((64, 64), 64), ((128, 256), 512 / 3), ((512, 1024), 2048 / 3)])
+@pytest.mark.parametrize(
+    ("channels", "expected"), [((64, 64), 64), ((128, 256), 512 / 3), ((512, 1024), 2048 / 3)]
+)
 def test_crossover_is_where_both_orders_cost_the_same(channels, expected):
     assert crossover(*channels) == pytest.approx(expected)
     length = int(crossover(*channels))
     for n, order in ((length - 1, "quadratic"), (length + 1, "linear")):
-        costs = operator_costs(queries=n, keys=n, key_channels=channels[0], value_channels=channels[1])
+        costs = operator_costs(
+            queries=n, keys=n, key_channels=channels[0], value_channels=channels[1]
+        )
         assert cheapest(costs) == order
 
 

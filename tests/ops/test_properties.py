@@ -34,7 +34,9 @@ def test_every_order_gives_the_explicit_product(normalization, order, backend, s
 def test_scaling_efficient_attention_equals_scaling_dot_product_attention(masked):
     query, key, value = make_inputs()
     mask = torch.rand(2, 53) > 0.3 if masked else None
-    got = efficient_attention(query, key, value, key_mask=mask, normalization="scaling", order="linear")
+    got = efficient_attention(
+        query, key, value, key_mask=mask, normalization="scaling", order="linear"
+    )
     expected = dot_product_attention(query, key, value, key_mask=mask, normalization="scaling")
     torch.testing.assert_close(got, expected, **EXACT)
 
@@ -93,14 +95,18 @@ def test_batch_mates_change_no_bit(dtype):
     together = efficient_attention(query, key, value, key_mask=mask, order="linear")
     for i in range(5):
         one = slice(i, i + 1)
-        alone = efficient_attention(query[one], key[one], value[one], key_mask=mask[one], order="linear")
+        alone = efficient_attention(
+            query[one], key[one], value[one], key_mask=mask[one], order="linear"
+        )
         assert torch.equal(together[one], alone)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize(("order", "backend"), WAYS)
 @pytest.mark.parametrize("empty_by", ["mask", "length"])
-def test_attending_to_nothing_gives_zero_and_finite_gradients(normalization, order, backend, empty_by):
+def test_attending_to_nothing_gives_zero_and_finite_gradients(
+    normalization, order, backend, empty_by
+):
     keys = 53 if empty_by == "mask" else 0
     query, key, value = make_inputs(keys=keys, requires_grad=True)
     mask = torch.zeros(2, keys, dtype=torch.bool) if empty_by == "mask" else None
@@ -117,8 +123,12 @@ def test_one_sample_without_keys_does_not_disturb_the_other(normalization):
     query, key, value = make_inputs(requires_grad=True)
     mask = torch.ones(2, 53, dtype=torch.bool)
     mask[0] = False
-    output = efficient_attention(query, key, value, key_mask=mask, normalization=normalization, order="linear")
-    alone = efficient_attention(query[1:], key[1:], value[1:], normalization=normalization, order="linear")
+    output = efficient_attention(
+        query, key, value, key_mask=mask, normalization=normalization, order="linear"
+    )
+    alone = efficient_attention(
+        query[1:], key[1:], value[1:], normalization=normalization, order="linear"
+    )
     assert torch.equal(output[0], torch.zeros_like(output[0]))
     torch.testing.assert_close(output[1:], alone, **EXACT)
     assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), (query, key, value)))
@@ -139,7 +149,9 @@ def test_masks_may_differ_by_head():
     got = efficient_attention(query, key, value, key_mask=mask, order="linear")
     for head in range(3):
         one = slice(head, head + 1)
-        alone = efficient_attention(query[:, one], key[:, one], value[:, one], key_mask=mask[:, head], order="linear")
+        alone = efficient_attention(
+            query[:, one], key[:, one], value[:, one], key_mask=mask[:, head], order="linear"
+        )
         torch.testing.assert_close(got[:, one], alone, **EXACT)
 
 
@@ -148,7 +160,9 @@ def test_masks_may_differ_by_head():
 @pytest.mark.parametrize("order", ["linear", "quadratic"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_dtype_is_as_precise_as_a_plain_run(dtype, normalization, order, masked):
-    inputs = make_inputs(queries=300, keys=400, key_channels=16, value_channels=16, dtype=dtype, requires_grad=True)
+    inputs = make_inputs(
+        queries=300, keys=400, key_channels=16, value_channels=16, dtype=dtype, requires_grad=True
+    )
     exact = tuple(x.detach().double().requires_grad_() for x in inputs)
     mask = torch.rand(2, 400) > 0.3 if masked else None
     slope = torch.randn(2, 3, 300, 16).to(dtype)
@@ -158,7 +172,9 @@ def test_every_dtype_is_as_precise_as_a_plain_run(dtype, normalization, order, m
         return (output, *torch.autograd.grad(output, tensors, slope.to(output.dtype)))
 
     def ours(*tensors):
-        return efficient_attention(*tensors, key_mask=mask, normalization=normalization, order=order)
+        return efficient_attention(
+            *tensors, key_mask=mask, normalization=normalization, order=order
+        )
 
     def plain(*tensors):
         return plain_attention(*tensors, mask, normalization)
@@ -183,7 +199,9 @@ def test_float16_counts_beyond_its_range():
         got = efficient_attention(query, key, value, normalization=normalization, order="linear")
         assert torch.equal(got, torch.full_like(got, expected))
     ones = torch.ones_like(key)
-    got = efficient_attention(torch.ones_like(query), ones, value, normalization="scaling", order="linear")
+    got = efficient_attention(
+        torch.ones_like(query), ones, value, normalization="scaling", order="linear"
+    )
     assert torch.equal(got, torch.full_like(got, 12.0))
 
 
@@ -216,7 +234,9 @@ def test_results_do_not_depend_on_threads_or_block_length(monkeypatch):
         monkeypatch.setattr("efficient_attention.ops.planner.BLOCK_BYTES", 1)
         monkeypatch.setattr("efficient_attention.ops.planner.SHORTEST_BLOCK", shortest)
         results.append(efficient_attention(query, key, value, order="linear"))
-    truth = efficient_attention(*(x.double() for x in (query, key, value)), backend="reference", order="linear")
+    truth = efficient_attention(
+        *(x.double() for x in (query, key, value)), backend="reference", order="linear"
+    )
     plain = plain_attention(query, key, value)
     for result in results:
         assert_as_precise_as_plain(result, plain, truth)

@@ -69,7 +69,9 @@ def test_attention_weights_are_non_negative_and_sum_to_one():
     weights = reference.attention_weights(query, key, None, "softmax")
     assert weights.shape == (2, 3, 37, 53)
     assert (weights >= 0).all()
-    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        weights.sum(-1), torch.ones_like(weights[..., 0]), rtol=0, atol=1e-14
+    )
 
 
 def test_dot_product_softmax_matches_hand_computed_numbers():

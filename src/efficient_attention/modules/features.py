@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+Projection = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Tokens:
     shape = "[B, N, C]"
     projection = nn.Linear
 
-    def build_projection(self, in_channels: int, out_channels: int, **options) -> nn.Module:
+    def build_projection(self, in_channels: int, out_channels: int, **options: Any) -> Projection:
         return nn.Linear(in_channels, out_channels, **options)
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,10 +64,10 @@ class FeatureMaps:
         return "[B, C, " + ", ".join(("D", "H", "W")[-self.dimensions :]) + "]"
 
     @property
-    def projection(self) -> type[nn.Module]:
+    def projection(self) -> type[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
         return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.dimensions - 1]
 
-    def build_projection(self, in_channels: int, out_channels: int, **options) -> nn.Module:
+    def build_projection(self, in_channels: int, out_channels: int, **options: Any) -> Projection:
         return self.projection(in_channels, out_channels, kernel_size=1, **options)
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,8 +13,10 @@ from .projected import EfficientModule
 
 __all__ = ["freeze"]
 
+Plannable = EfficientModule | MultiheadEfficientAttention
 
-def freeze(model: nn.Module, *args, **kwargs) -> dict[str, str]:
+
+def freeze(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:
     """Name the order that every efficient attention in a model takes for an example input, in place of ``"auto"``.
 
     The model runs once, without gradients. Afterwards the orders are constants: the same for every length, and known
@@ -36,12 +41,15 @@ def freeze(model: nn.Module, *args, **kwargs) -> dict[str, str]:
     Planning is not part of the paper; every order is exact (see Sec. 3.2, associativity).
     """
     chosen: dict[str, str] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, (EfficientModule, MultiheadEfficientAttention)) and module.order == "auto":
-            hooks.append(
-                module.register_forward_pre_hook(_recorder(name, chosen), with_kwargs=True)
-            )
+    unplanned = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Plannable) and module.order == "auto"
+    }
+    hooks = [
+        module.register_forward_pre_hook(_recorder(name, chosen), with_kwargs=True)
+        for name, module in unplanned.items()
+    ]
     try:
         with torch.no_grad():
             model(*args, **kwargs)
@@ -49,12 +57,12 @@ def freeze(model: nn.Module, *args, **kwargs) -> dict[str, str]:
         for hook in hooks:
             hook.remove()
     for name, order in chosen.items():
-        model.get_submodule(name).order = order
+        unplanned[name].order = order
     return chosen
 
 
-def _recorder(name: str, chosen: dict[str, str]):
-    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _recorder(name: str, chosen: dict[str, str]) -> Callable[[Any, tuple, dict], None]:
+    def record(module: Plannable, args: tuple, kwargs: dict) -> None:
         order = module.planned_order(*args, **kwargs)
         if chosen.setdefault(name, order) != order:
             raise ValueError(

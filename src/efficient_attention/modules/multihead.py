@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,10 +106,8 @@ class MultiheadEfficientAttention(nn.Module):
         self.normalization = normalization
         self.order = order
 
-        options = {"device": device, "dtype": dtype}
-
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, **options))
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         # The names and shapes of nn.MultiheadAttention, absent ones as None.
         packed = self.kdim == self.vdim == embed_dim
@@ -115,7 +116,7 @@ class MultiheadEfficientAttention(nn.Module):
         self.k_proj_weight = None if packed else parameter(embed_dim, self.kdim)
         self.v_proj_weight = None if packed else parameter(embed_dim, self.vdim)
         self.in_proj_bias = parameter(3 * embed_dim) if bias else None
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **options)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.bias_k = parameter(1, 1, embed_dim) if add_bias_kv else None
         self.bias_v = parameter(1, 1, embed_dim) if add_bias_kv else None
         self._initialize()
@@ -138,9 +139,9 @@ class MultiheadEfficientAttention(nn.Module):
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
-        if self.bias_k is not None:
-            nn.init.xavier_normal_(self.bias_k)
-            nn.init.xavier_normal_(self.bias_v)
+        for appended in (self.bias_k, self.bias_v):
+            if appended is not None:
+                nn.init.xavier_normal_(appended)
 
     def forward(
         self,
@@ -167,8 +168,9 @@ class MultiheadEfficientAttention(nn.Module):
         mask, logit = self._split_mask(key_padding_mask, k.dtype)
         k, v, mask = self._append(k, v, mask, logit)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-        options = {"key_mask": mask, "normalization": self.normalization}
-        output = efficient_attention(q, k, v, order=self.order, **options)  # [B, h, N, E / h]
+        output = efficient_attention(
+            q, k, v, key_mask=mask, normalization=self.normalization, order=self.order
+        )  # [B, h, N, E / h]
         output = self.out_proj(output.transpose(1, 2).flatten(2))  # [B, N, E]
 
         weights = None
@@ -181,7 +183,7 @@ class MultiheadEfficientAttention(nn.Module):
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
 
-    def planned_order(self, query: Tensor, key: Tensor, *args, **kwargs) -> str:
+    def planned_order(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> str:
         """The order in which ``forward`` computes for these inputs."""
         if self.order != "auto":
             return self.order
@@ -203,20 +205,23 @@ class MultiheadEfficientAttention(nn.Module):
         return query_t, key_t, value_t
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        bias = self.in_proj_bias
+        bias: Tensor | None = self.in_proj_bias
         if bias is not None and self.normalization == "softmax":
             # Softmax over positions does not see the key bias: its gradient is zero, not rounding noise.
             bias_q, bias_k, bias_v = bias.chunk(3)
             bias = torch.cat((bias_q, bias_k.detach(), bias_v))
         if self.in_proj_weight is not None and query is key and key is value:
-            return F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
-        if self.in_proj_weight is not None:
-            weights = self.in_proj_weight.chunk(3)
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+            return q, k, v
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        q, k, v = map(F.linear, (query, key, value), weights, biases)
+        q, k, v = map(F.linear, (query, key, value), self._input_weights(), biases)
         return q, k, v
+
+    def _input_weights(self) -> Sequence[Tensor]:
+        if self.in_proj_weight is not None:
+            return self.in_proj_weight.chunk(3)
+        apart = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        return [weight for weight in apart if weight is not None]
 
     def _split_mask(
         self, key_padding_mask: Tensor | None, dtype: torch.dtype
@@ -245,7 +250,7 @@ class MultiheadEfficientAttention(nn.Module):
             k = k + logit.unsqueeze(-1)
         batch, _, channels = k.shape
         extra = []
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             extra.append((self.bias_k.expand(batch, 1, -1), self.bias_v.expand(batch, 1, -1)))
         if self.add_zero_attn:
             zeros = k.new_zeros(batch, 1, channels)
@@ -283,7 +288,9 @@ class MultiheadEfficientAttention(nn.Module):
             )
         if key_padding_mask is not None:
             if key_padding_mask.dtype != torch.bool and not key_padding_mask.is_floating_point():
-                raise TypeError(f"key_padding_mask must be bool or float; got {key_padding_mask.dtype}")
+                raise TypeError(
+                    f"key_padding_mask must be bool or float; got {key_padding_mask.dtype}"
+                )
             keys = key.shape[-2] if self.batch_first or key.dim() == 2 else key.shape[0]
             batch = () if key.dim() == 2 else (key.shape[0 if self.batch_first else 1],)
             if tuple(key_padding_mask.shape) != (*batch, keys):

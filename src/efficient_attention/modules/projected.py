@@ -7,13 +7,15 @@ value channels of all heads. Paper: Shen et al. 2021, Sec. 3.2 and Fig. 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..ops import Context, attend, dot_product_attention, efficient_attention, summarize
 from ..ops.functional import NORMALIZATIONS
 from ..ops.planner import MODULE_ORDERS, Cost, cheapest, module_costs
-from .features import Features
+from .features import Features, Projection
 from .folding import fold_output, fold_values, obstacle
 
 INITIALIZATIONS = ("zero", "official")
@@ -24,6 +26,11 @@ _LONG = 1 << 40
 
 class ProjectedAttention(nn.Module):
     """Projections to queries, keys and values, and back: the parameters of every module here."""
+
+    keys: Projection
+    queries: Projection
+    values: Projection
+    reprojection: Projection
 
     def __init__(
         self,
@@ -55,7 +62,9 @@ class ProjectedAttention(nn.Module):
                 raise ValueError(f"{name} must be a positive integer; got {size!r}")
         for name in ("key_channels", "value_channels"):
             if sizes[name] % num_heads:
-                raise ValueError(f"{name} must be divisible by num_heads = {num_heads}; got {sizes[name]}")
+                raise ValueError(
+                    f"{name} must be divisible by num_heads = {num_heads}; got {sizes[name]}"
+                )
         check_option("normalization", normalization, NORMALIZATIONS)
         check_option("init", init, INITIALIZATIONS)
 
@@ -111,7 +120,11 @@ class DotProductModule(ProjectedAttention):
         key = features.split(self.keys(x), self.num_heads)
         value = features.split(self.values(x), self.num_heads)
         attended = dot_product_attention(
-            query, key, value, key_mask=self._key_mask(key_mask, x), normalization=self.normalization
+            query,
+            key,
+            value,
+            key_mask=self._key_mask(key_mask, x),
+            normalization=self.normalization,
         )
         return self._with_residual(x, self.reprojection(features.join(attended, like=x)))
 
@@ -119,7 +132,7 @@ class DotProductModule(ProjectedAttention):
 class EfficientModule(ProjectedAttention):
     """The shell around efficient attention, computed in the cheapest of its exact orders."""
 
-    def __init__(self, *args, order: str = "auto", **options):
+    def __init__(self, *args: Any, order: str = "auto", **options: Any):
         super().__init__(*args, **options)
         check_option("order", order, ("auto", *MODULE_ORDERS))
         self.order = order
@@ -175,9 +188,8 @@ class EfficientModule(ProjectedAttention):
         self, x: Tensor, context: Tensor | Context | None = None, *, key_mask: Tensor | None = None
     ) -> str:
         """The order in which ``forward`` computes for these inputs."""
-        queries = self._features.count(x)
-        own = context is None or isinstance(context, Context)
-        return self._resolve(queries, queries if own else self._features.count(context))
+        source = context if isinstance(context, Tensor) else x
+        return self._resolve(self._features.count(x), self._features.count(source))
 
     def _run(self, x: Tensor, source: Tensor | Context, key_mask: Tensor | None) -> Tensor:
         features = self._features
@@ -239,10 +251,12 @@ class EfficientModule(ProjectedAttention):
             column_sums = (pooled.log_weight != -torch.inf).to(pooled.mean.dtype)
         else:
             ones = key.new_ones(()).expand(*key.shape[:3], 1)
-            column_sums = summarize(
-                key, ones, key_mask=mask, normalization="scaling"
-            ).mean.squeeze(-1)
-        return fold_values(pooled, column_sums, self.values.weight, self.values.bias, self.num_heads)
+            column_sums = summarize(key, ones, key_mask=mask, normalization="scaling").mean.squeeze(
+                -1
+            )
+        return fold_values(
+            pooled, column_sums, self.values.weight, self.values.bias, self.num_heads
+        )
 
     def _attend(self, x: Tensor, context: Context, folds: bool) -> Tensor:
         features = self._features
@@ -288,14 +302,17 @@ class EfficientModule(ProjectedAttention):
     def _project_keys(self, source: Tensor) -> Tensor:
         if not self._key_bias_is_idle():
             return self.keys(source)
-        return self._features.project(source, self.keys.weight, self.keys.bias.detach())
+        bias = self.keys.bias
+        return self._features.project(
+            source, self.keys.weight, bias if bias is None else bias.detach()
+        )
 
     def _with_key_bias(self, x: Tensor) -> Tensor:
         """Give an idle key bias its gradient, zero, in place of the rounding noise that optimizers would amplify."""
         bias = self.keys.bias
-        if not (torch.is_grad_enabled() and self._key_bias_is_idle() and bias.requires_grad):
+        if bias is None or not (torch.is_grad_enabled() and self._key_bias_is_idle()):
             return x
-        return x + (0 * bias).sum().to(x.dtype)
+        return x + bias.mul(0).sum().to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, order={self.order!r}"

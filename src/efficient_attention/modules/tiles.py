@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from .projected import EfficientModule
 
 __all__ = ["attend_tiles"]
 
-_SPENT = object()
+_SPENT: Any = object()
 
 
 def attend_tiles(

@@ -16,6 +16,7 @@ Under scaling A = Q and P = K / M have no softmax to correct for: d_q = G and d_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from .layout import accumulation_dtype, empty_output, is_channel_major
 from .planner import block_length, rows_per_block
 
 Blocks = Sequence[slice]
+T = TypeVar("T")
 
 
 def summarize(
@@ -47,7 +49,8 @@ def _weigh_softmax(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``sum_m w v``, ``sum_m w`` and s for ``w = exp(k - s)``, where s is the largest key of each channel."""
     shift = _fold(torch.maximum, lambda n: _load(key, mask, n, -torch.inf).amax(-2), blocks)
-    shift = shift.masked_fill(shift == -torch.inf, 0)  # [b, H, Dk]; a channel whose keys are all masked
+    # A channel whose keys are all masked: -inf - -inf would be NaN.
+    shift = shift.masked_fill(shift == -torch.inf, 0)  # [b, H, Dk]
 
     def weigh(n: slice) -> tuple[Tensor, Tensor]:
         weights = (_load(key, mask, n, -torch.inf) - shift.unsqueeze(-2)).exp_()  # [b, H, n, Dk]
@@ -124,7 +127,13 @@ def attend_backward(
     d_mean = torch.zeros_like(mean)
     for rows, blocks in _walk(query, mean.shape[-1]):
         d_mean[rows] = _pull_back_rows(
-            d_output[rows], query[rows], mean[rows], d_query[rows], normalization, num_groups, blocks
+            d_output[rows],
+            query[rows],
+            mean[rows],
+            d_query[rows],
+            normalization,
+            num_groups,
+            blocks,
         )
     return d_query, d_mean
 
@@ -184,7 +193,7 @@ def _walk(x: Tensor, other_channels: int) -> Iterator[tuple[slice, Blocks]]:
         yield slice(start, start + rows), blocks
 
 
-def _fold(combine: Callable, part: Callable, blocks: Blocks):
+def _fold(combine: Callable[[T, T], T], part: Callable[[slice], T], blocks: Blocks) -> T:
     """``combine`` of ``part`` of every block, pairwise as a balanced tree."""
     if len(blocks) == 1:
         return part(blocks[0])

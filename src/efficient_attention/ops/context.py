@@ -66,7 +66,8 @@ class Context(NamedTuple):
         weights = (log_weights - heaviest).exp()
         total = weights.sum(0)
         weighted = total > 0
-        total = total.masked_fill(~weighted, 1)  # before log and division, so that gradients stay finite
+        # Before the division and the logarithm, so that gradients stay finite.
+        total = total.masked_fill(~weighted, 1)
 
         mean = (weights.unsqueeze(-1) * means).sum(0) / total.unsqueeze(-1)
         log_weight = (total.log() + heaviest).masked_fill(~weighted, -torch.inf)

@@ -184,9 +184,7 @@ def attend(
     if mean.device != query.device:
         raise ValueError(f"context must be on query's device {query.device}; got {mean.device}")
     if num_groups < 1 or query.shape[-1] % num_groups:
-        raise ValueError(
-            f"num_groups must divide query's Dk = {query.shape[-1]}; got {num_groups}"
-        )
+        raise ValueError(f"num_groups must divide query's Dk = {query.shape[-1]}; got {num_groups}")
     implementation = reference.attend if _is_plain(backend) else library.attend
     return implementation(query, mean, normalization, num_groups)
 
@@ -291,7 +289,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.dtype in DTYPES and x.dtype != torch.float64 else x
+        x.to(dtype)
+        if isinstance(x, Tensor) and x.dtype in DTYPES and x.dtype != torch.float64
+        else x
         for x in tensors
     )
 
@@ -312,7 +312,9 @@ def _canonical_mask(key_mask: Tensor | None, key: Tensor) -> Tensor | None:
     mask = mask.reshape((1,) * (3 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 3 else mask
     fits = mask.dim() == 3 and all(
         size == whole or (size == 1 and not last)
-        for size, whole, last in zip(mask.shape, (batch, heads, keys), (False, False, True), strict=True)
+        for size, whole, last in zip(
+            mask.shape, (batch, heads, keys), (False, False, True), strict=True
+        )
     )
     if not fits:
         raise ValueError(f"key_mask must be {expected}; got shape {tuple(key_mask.shape)}")
@@ -326,12 +328,16 @@ def _check_option(name: str, got: str, valid: tuple[str, ...]) -> None:
 
 def _check_tensor(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor [B, H, positions, channels]; got {type(x).__name__}")
+        raise TypeError(
+            f"{name} must be a tensor [B, H, positions, channels]; got {type(x).__name__}"
+        )
     if x.dtype not in DTYPES:
         valid = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} must have dtype {valid}; got {x.dtype}")
     if x.dim() != 4:
-        raise ValueError(f"{name} must have shape [B, H, positions, channels]; got {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} must have shape [B, H, positions, channels]; got {tuple(x.shape)}"
+        )
 
 
 def _check_like(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
@@ -344,7 +350,9 @@ def _check_like(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
 def _check_shape(
     name: str, x: Tensor, expected: tuple[int | None, ...], letters: str, like: str
 ) -> None:
-    if x.dim() != 4 or any(e is not None and e != got for e, got in zip(expected, x.shape, strict=True)):
+    if x.dim() != 4 or any(
+        e is not None and e != got for e, got in zip(expected, x.shape, strict=True)
+    ):
         known = tuple(e for e in expected if e is not None)
         raise ValueError(
             f"{name} must have shape {letters} matching {like} = {known}; got {tuple(x.shape)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def _in_own_precision(kernel: Callable) -> Callable:
     """Keep an active autocast from choosing the precision of the products inside a kernel."""
 
     @functools.wraps(kernel)
-    def guarded(x: Tensor, *args):
+    def guarded(x: Tensor, *args: Any) -> Any:
         if not torch.is_autocast_enabled(x.device.type):
             return kernel(x, *args)
         with torch.autocast(x.device.type, enabled=False):
@@ -141,13 +142,13 @@ class _Attend(torch.autograd.Function):
         return d_query, d_mean, None, None
 
 
-def _pull_back(function: Callable, inputs: tuple, d_outputs) -> tuple[Tensor, ...]:
-    _, pull = torch.func.vjp(function, *inputs)
+def _pull_back(function: Callable, inputs: tuple, d_outputs: Any) -> tuple[Tensor, ...]:
+    pull = torch.func.vjp(function, *inputs)[1]
     return pull(d_outputs)
 
 
 def _differentiable(operator: Callable, function: type[torch.autograd.Function]) -> Callable:
-    def dispatch(first: Tensor, second: Tensor, *args):
+    def dispatch(first: Tensor, second: Tensor, *args: Any) -> Any:
         if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
             return function.apply(first, second, *args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -162,24 +163,24 @@ _LIBRARY.impl("attend", _differentiable(attend, _Attend), "Autograd")
 
 # Two operations for each multiply-add, as the other formulas of torch.utils.flop_counter count.
 @register_flop_formula(_ops.summarize)
-def _(key_shape, value_shape, *args, **kwargs) -> int:
+def _(key_shape, value_shape, *_, **__):
     batch, heads, keys, key_channels = key_shape
     return 2 * batch * heads * keys * key_channels * value_shape[-1]
 
 
 @register_flop_formula(_ops.summarize_backward)
-def _(d_mean_shape, d_log_weight_shape, key_shape, *args, **kwargs) -> int:
+def _(d_mean_shape, d_log_weight_shape, key_shape, *_, **__):
     batch, heads, keys, key_channels = key_shape
     return 4 * batch * heads * keys * key_channels * d_mean_shape[-1]
 
 
 @register_flop_formula(_ops.attend)
-def _(query_shape, mean_shape, *args, **kwargs) -> int:
+def _(query_shape, mean_shape, *_, **__):
     batch, heads, queries, key_channels = query_shape
     return 2 * batch * heads * queries * key_channels * mean_shape[-1]
 
 
 @register_flop_formula(_ops.attend_backward)
-def _(d_output_shape, query_shape, mean_shape, *args, **kwargs) -> int:
+def _(d_output_shape, query_shape, mean_shape, *_, **__):
     batch, heads, queries, key_channels = query_shape
     return 4 * batch * heads * queries * key_channels * mean_shape[-1]

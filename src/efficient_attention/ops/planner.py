@@ -124,9 +124,7 @@ def module_costs(
     output_in_memory = (queries * dk * head + queries * dv * c, queries * (dk + dv) * itemsize, 0)
     output_folded = (dk * head * c + queries * dk * c, queries * dk * itemsize, dk * c * sums)
 
-    def linear(
-        key_side: tuple[int, int, int], query_side: tuple[int, int, int]
-    ) -> Cost:
+    def linear(key_side: tuple[int, int, int], query_side: tuple[int, int, int]) -> Cost:
         # The key side is done with when the query side begins; only contexts pass from one to the other.
         context = dk * (head + 1) * sums
         alive = max(key_side[1] + key_side[2], query_side[1] + query_side[2]) + context

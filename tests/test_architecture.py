@@ -1,0 +1,133 @@
+"""The drawing in DESIGN.md, enforced: imports point one way, and importing the package is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import efficient_attention
+
+PACKAGE = Path(efficient_attention.__file__).parent
+
+# Each layer may import from the layers above its own line, and from itself.
+LAYERS = [
+    {"memory", "testing"},
+    {"ops"},
+    {"modules"},
+    {"surgery"},
+    {"models"},
+    {"data", "metrics"},
+    {"training"},
+    {"benchmark", "visualize"},
+    {"demo"},
+    {"cli"},
+]
+# Inside the operator: what each file may import. The oracle and the implementations never meet.
+OPS = {
+    "context": set(),
+    "layout": set(),
+    "planner": set(),
+    "reference": set(),
+    "blocked": {"layout", "planner"},
+    "library": {"blocked", "layout", "reference"},
+    "functional": {"context", "library", "planner", "reference"},
+    "__init__": {"context", "functional"},
+}
+# Beside the standard library and torch: who may import what.
+THIRD_PARTY = {
+    "demo": {"PIL", "numpy", "skimage"},
+    "visualize": {"PIL", "matplotlib", "numpy"},
+}
+
+
+def sources():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def parts(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts
+
+
+def imports(path):
+    """Absolute names of all that a file imports, wherever in the file."""
+    package = ("efficient_attention", *parts(path))[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *(node.module or "").split("."))).strip(".")
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def level(layer):
+    (index,) = [i for i, names in enumerate(LAYERS) if layer in names]
+    return index
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: "/".join(parts(p)))
+def test_imports_point_one_way(path):
+    here = parts(path)[0]
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "efficient_attention":
+            there = rest.split(".")[0]
+            if here == "__init__" or there == "__version__":
+                continue
+            same = here == there
+            assert same or level(there) < level(here), f"{here} imports {name}"
+        elif top != "torch" and top not in sys.stdlib_module_names:
+            assert top in THIRD_PARTY.get(here, set()), f"{here} imports {name}"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_oracle_and_the_implementations_never_meet(name):
+    assert {p.stem for p in (PACKAGE / "ops").glob("*.py")} == set(OPS)
+    found = {
+        imported.split(".")[2]
+        for imported in imports(PACKAGE / "ops" / f"{name}.py")
+        if imported.startswith("efficient_attention.ops.")
+    }
+    assert found <= OPS[name]
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import efficient_attention, efficient_attention.cli, efficient_attention.visualize\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "heavy = new & {'torchvision', 'lightning', 'pytorch_lightning', 'matplotlib', 'triton', 'PIL', 'skimage'}\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(PACKAGE.parent)}
+    )
+
+
+def test_public_names_are_these():
+    assert efficient_attention.__all__ == [
+        "Context",
+        "EfficientAttention",
+        "EfficientAttention1d",
+        "EfficientAttention2d",
+        "EfficientAttention3d",
+        "MultiheadEfficientAttention",
+        "NonLocal1d",
+        "NonLocal2d",
+        "NonLocal3d",
+        "attend",
+        "attend_tiles",
+        "dot_product_attention",
+        "efficient_attention",
+        "freeze",
+        "summarize",
+    ]
+    assert all(hasattr(efficient_attention, name) for name in efficient_attention.__all__)
+
+
+def test_files_stay_within_their_budget():
+    lengths = {"/".join(parts(p)): len(p.read_text().splitlines()) for p in sources()}
+    assert {name: n for name, n in lengths.items() if n > 400} == {}

@@ -1,0 +1,55 @@
+"""The memory counter against sizes known beforehand, and against the operating system."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import efficient_attention
+from efficient_attention.memory import peak_bytes
+
+
+def test_peak_counts_what_is_alive_at_one_time():
+    def function():
+        for _ in range(3):
+            torch.ones(1000)  # 4,000 bytes, released before the next
+        return torch.ones(250)
+
+    assert peak_bytes(function) == 4000
+
+
+def test_peak_counts_the_result():
+    assert peak_bytes(lambda: [torch.ones(100), torch.ones(100)]) == 800
+
+
+def test_peak_counts_temporaries_inside_one_operator():
+    x = torch.ones(64, 1000).t()  # softmax copies a tensor whose last stride is not one
+    assert 2 * x.nbytes <= peak_bytes(lambda: x.softmax(-1)) < 2.2 * x.nbytes
+
+
+def test_peak_does_not_count_what_was_there():
+    x = torch.ones(1000)
+    assert peak_bytes(lambda: x.add_(1)) < 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_resident_memory_agrees_that_nothing_large_is_held():
+    # Loosely: the allocator and the page cache have their own minds. Eager attention takes 256 MB beside the output.
+    code = """
+import torch, efficient_attention as ea
+def status(field):
+    return int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1]) * 1024
+q, k, v = (torch.randn(1, 8, 65536, 64) for _ in range(3))
+ea.efficient_attention(*(x[:, :, :2048] for x in (q, k, v)))
+with open("/proc/self/clear_refs", "w") as f:
+    f.write("5")  # the peak is counted from here
+before = status("VmRSS")
+out = ea.efficient_attention(q, k, v)
+print(status("VmHWM") - before - out.nbytes)
+"""
+    path = {"PYTHONPATH": efficient_attention.__path__[0] + "/.."}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=path, capture_output=True, text=True
+    )
+    assert int(done.stdout) < 64_000_000
