@@ -2,6 +2,8 @@
 
 import doctest
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import efficient_attention
 from efficient_attention import memory
 from efficient_attention.ops import planner
 
+README = Path(__file__).parent.parent / "README.md"
 PUBLIC = {
     **{name: getattr(efficient_attention, name) for name in efficient_attention.__all__},
     "Context.merge": efficient_attention.Context.merge,
@@ -34,6 +37,15 @@ def test_examples_print_what_they_say(name):
     report = []
     runner.run(test, out=report.append)
     assert runner.failures == 0, "".join(report)
+
+
+@pytest.mark.skipif(not README.exists(), reason="not a checkout")
+def test_the_readmes_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    scope = {}
+    exec(example, scope)
+    assert scope["y"].shape == (1, 256, 128, 128)
+    torch.testing.assert_close(torch.cat(scope["outputs"], 3), scope["y"])
 
 
 @pytest.mark.parametrize("name", efficient_attention.__all__)

@@ -1,5 +1,7 @@
 """The operators under PyTorch's machinery: differentiation of every kind, transforms, compiler, autocast, counters."""
 
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -138,6 +140,7 @@ def test_compiles_whole_and_once_for_ten_lengths():
     assert compiles.frame_count == 1
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on the CPU")
 def test_compiles_with_inductor():
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(False)
