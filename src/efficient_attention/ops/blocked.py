@@ -15,7 +15,7 @@ Under scaling A = Q and P = K / M have no softmax to correct for: d_q = G and d_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -32,43 +32,57 @@ def summarize(
     key: Tensor, value: Tensor, key_mask: Tensor | None, normalization: str
 ) -> tuple[Tensor, Tensor]:
     """``rho_k(K)^T V`` and the logarithm of its total weight: ``[B, H, Dk, Dv]``, ``[B, H, Dk]``."""
+    tiles = _walk(key, value.shape[-1])
+    if len(tiles) == 1:
+        return _summarize_rows(key, value, key_mask, normalization, tiles[0][1])
     dtype = accumulation_dtype(key.dtype)
     batch, heads, _, key_channels = key.shape
     mean = key.new_zeros(batch, heads, key_channels, value.shape[-1], dtype=dtype)
     log_weight = key.new_full((batch, heads, key_channels), -torch.inf, dtype=dtype)
-    weigh = _weigh_softmax if normalization == "softmax" else _weigh_scaling
-    for rows, blocks in _walk(key, value.shape[-1]):
-        weighted, total, shift = weigh(key[rows], value[rows], _mask_rows(key_mask, rows), blocks)
-        mean[rows] = weighted / total.masked_fill(total == 0, 1).unsqueeze(-1)
-        log_weight[rows] = total.log() + shift
+    for rows, blocks in tiles:
+        mean[rows], log_weight[rows] = _summarize_rows(
+            key[rows], value[rows], _mask_rows(key_mask, rows), normalization, blocks
+        )
     return mean, log_weight
+
+
+def _summarize_rows(
+    key: Tensor, value: Tensor, mask: Tensor | None, normalization: str, blocks: Blocks
+) -> tuple[Tensor, Tensor]:
+    weigh = _weigh_softmax if normalization == "softmax" else _weigh_scaling
+    weighted, total, log_weight = weigh(key, value, mask, blocks)
+    if mask is not None:
+        total = total.masked_fill(total == 0, 1)
+    return weighted.div_(total.unsqueeze(-1)), log_weight
 
 
 def _weigh_softmax(
     key: Tensor, value: Tensor, mask: Tensor | None, blocks: Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum_m w v``, ``sum_m w`` and s for ``w = exp(k - s)``, where s is the largest key of each channel."""
+    """``sum_m w v`` and ``sum_m w`` for w = exp(k - s), s the largest key of a channel; and the log weight."""
     shift = _fold(torch.maximum, lambda n: _load(key, mask, n, -torch.inf).amax(-2), blocks)
-    # A channel whose keys are all masked: -inf - -inf would be NaN.
-    shift = shift.masked_fill(shift == -torch.inf, 0)  # [b, H, Dk]
+    if mask is not None:
+        # Where every key is masked: -inf - -inf would be NaN.
+        shift = shift.masked_fill(shift == -torch.inf, 0)  # [b, H, Dk]
+    at_zero = shift.unsqueeze(-2)
 
     def weigh(n: slice) -> tuple[Tensor, Tensor]:
-        weights = (_load(key, mask, n, -torch.inf) - shift.unsqueeze(-2)).exp_()  # [b, H, n, Dk]
+        weights = (_load(key, mask, n, -torch.inf) - at_zero).exp_()  # [b, H, n, Dk]
         return weights.mT @ _load(value, mask, n), weights.sum(-2)
 
     weighted, total = _fold(_add_both, weigh, blocks)
-    return weighted, total, shift
+    return weighted, total, total.log() + shift
 
 
 def _weigh_scaling(
     key: Tensor, value: Tensor, mask: Tensor | None, blocks: Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum_m k v``, the number of keys, and no shift."""
+    """``sum_m k v``, the number of keys, and its logarithm."""
     weighted = _fold(
         torch.Tensor.add_, lambda n: _load(key, mask, n).mT @ _load(value, mask, n), blocks
     )
-    total = _count_keys(key, mask, weighted.dtype).expand(weighted.shape[:-1])
-    return weighted, total, torch.zeros_like(total)
+    total = _count_keys(key, mask, weighted.dtype)  # [1 or b, 1 or H, 1]
+    return weighted, total, total.log().expand(weighted.shape[:-1]).contiguous()
 
 
 def summarize_backward(
@@ -172,6 +186,8 @@ def _normalized_queries(query: Tensor, normalization: str, num_groups: int) -> T
     query = query.to(accumulation_dtype(query.dtype))
     if normalization == "scaling":
         return query
+    if num_groups == 1 and not is_channel_major(query):
+        return query.softmax(-1)
     # The softmax is taken in the order of memory: over the last dimension it would copy a channel-major block.
     if is_channel_major(query):
         return query.mT.unflatten(-2, (num_groups, -1)).softmax(-2).flatten(-3, -2).mT
@@ -183,14 +199,14 @@ def _product(a: Tensor, b: Tensor, channel_major: bool) -> Tensor:
     return (b.mT @ a.mT).mT if channel_major else a @ b
 
 
-def _walk(x: Tensor, other_channels: int) -> Iterator[tuple[slice, Blocks]]:
-    """Rows of the batch, and for each the blocks of positions of ``x [B, H, N, D]``."""
+def _walk(x: Tensor, other_channels: int) -> list[tuple[slice, Blocks]]:
+    """Rows of the batch, and for each the blocks of positions of ``x [B, H, N, D]``; nothing if it is empty."""
     batch, heads, positions, channels = x.shape
     length = block_length(heads, channels + other_channels)
     rows = rows_per_block(heads, min(length, positions), channels + other_channels)
     blocks = [slice(start, start + length) for start in range(0, positions, length)]
-    for start in range(0, batch if blocks else 0, rows):
-        yield slice(start, start + rows), blocks
+    starts = range(0, batch if blocks else 0, rows)
+    return [(slice(start, start + rows), blocks) for start in starts]
 
 
 def _fold(combine: Callable[[T, T], T], part: Callable[[slice], T], blocks: Blocks) -> T:
