@@ -5,6 +5,7 @@ import torch
 
 from efficient_attention import attend, efficient_attention, summarize
 from efficient_attention.memory import peak_bytes
+from efficient_attention.ops import blocked
 from efficient_attention.testing import (
     assert_as_precise_as_plain,
     make_inputs,
@@ -47,6 +48,37 @@ def test_values_and_gradients_match_the_oracle_in_many_blocks(
         )
         results[backend] = (output, *gradients(output, inputs))
     torch.testing.assert_close(results["blocked"], results["reference"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "mask_shape", [(53,), (1, 53), (1, 3, 53), (5, 53), (5, 1, 53), (5, 3, 53)]
+)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_masks_follow_the_rows_of_the_batch(mask_shape, rows, monkeypatch):
+    # Positions 16 at a time, samples `rows` at a time: 4 bytes x 3 heads x 16 positions x 13 channels each.
+    monkeypatch.setattr("efficient_attention.ops.planner.SHORTEST_BLOCK", 16)
+    monkeypatch.setattr("efficient_attention.ops.planner.BLOCK_BYTES", rows * 4 * 3 * 16 * 13)
+    inputs = make_inputs(batch=5, requires_grad=True)
+    mask = torch.rand(mask_shape) > 0.4
+    results = {}
+    for backend in ("blocked", "reference"):
+        output = efficient_attention(*inputs, key_mask=mask, order="linear", backend=backend)
+        results[backend] = (output, *gradients(output, inputs))
+    torch.testing.assert_close(results["blocked"], results["reference"], rtol=0, atol=1e-12)
+
+
+def test_the_largest_key_may_come_in_any_block(short_blocks):
+    _, key, value = make_inputs(dtype=torch.float32)
+    key = key + torch.linspace(0, 1000, 53).unsqueeze(-1)  # exp(1000) is beyond float64
+    for keys in (key, key.flip(2)):
+        got, expected = (summarize(keys, value, backend=b) for b in ("blocked", "reference"))
+        torch.testing.assert_close(got, expected)
+
+
+def test_sums_over_blocks_are_a_balanced_tree():
+    blocks = [slice(i, i + 1) for i in range(5)]
+    order = blocked._fold(lambda a, b: f"({a}{b})", lambda n: str(n.start), blocks)
+    assert order == "((01)(2(34)))"
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "token-major", "channel-major", "strided"])
