@@ -27,12 +27,14 @@ LAYERS = [
 # Inside the operator: what each file may import. The oracle and the implementations never meet.
 OPS = {
     "context": set(),
+    "flops": set(),
     "layout": set(),
+    "precision": set(),
     "planner": set(),
-    "reference": set(),
-    "blocked": {"layout", "planner"},
-    "library": {"blocked", "layout", "reference"},
-    "functional": {"context", "library", "planner", "reference"},
+    "reference": {"precision"},
+    "blocked": {"layout", "planner", "precision"},
+    "library": {"blocked", "flops", "layout", "precision", "reference"},
+    "functional": {"context", "library", "planner", "precision", "reference"},
     "__init__": {"context", "functional"},
 }
 # Beside the standard library and torch: who may import what.

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import efficient_attention as ea
 from efficient_attention.ops.planner import MODULE_ORDERS
@@ -156,3 +157,36 @@ def test_errors_name_the_argument():
         module(TOKENS, OTHERS[:1])
     with pytest.raises(ValueError, match=r"x's keys|context\.mean must have shape"):
         module(TOKENS, ea.EfficientAttention(12, 3, dtype=torch.float64).summarize(TOKENS))
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("order", MODULE_ORDERS)
+def test_costs_of_cross_attention_are_those_that_run(order):
+    module = build(order=order)
+    counted = flops(lambda: module(TOKENS, OTHERS))
+    assert counted == 2 * module.costs(9, 15, batch=2)[order].multiply_adds
+
+
+def test_orders_are_planned_for_both_lengths():
+    # Folding a side costs one product of the size of a context: it pays for the long side alone.
+    module = ea.EfficientAttention(64, key_channels=48, value_channels=64)
+    short, long = torch.empty(1, 40, 64), torch.empty(1, 5000, 64)
+    assert module.planned_order(short, long) == "folded_values"
+    assert module.planned_order(long, short) == "folded_output"
+    assert module.planned_order(long, long) == "folded"
+
+
+def test_kept_contexts_are_made_and_used_in_the_cheapest_order():
+    module = ea.EfficientAttention(64, key_channels=32, value_channels=64)
+    tokens = torch.randn(1, 5000, 64)
+    memory = module.summarize(tokens)
+    auto = flops(lambda: module.summarize(tokens)), flops(lambda: module.attend(tokens, memory))
+    module.order = "linear"
+    linear = flops(lambda: module.summarize(tokens)), flops(lambda: module.attend(tokens, memory))
+    assert auto[0] < 0.75 * linear[0]
+    assert auto[1] < 0.75 * linear[1]

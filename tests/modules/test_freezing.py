@@ -20,6 +20,15 @@ def test_freeze_names_what_the_planner_picks():
     assert not model[0]._forward_pre_hooks
 
 
+def test_freeze_changes_nothing_else():
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.Dropout(), ea.EfficientAttention2d(8)).train()
+    model[1].eval()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    ea.freeze(model, torch.randn(2, 8, 5, 5))
+    assert [m.training for m in model] == [True, False, True]
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
 @pytest.mark.parametrize(("length", "order"), [(3, "quadratic"), (50, "linear")])
 def test_freeze_reaches_the_attention_of_encoder_layers(length, order):
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)

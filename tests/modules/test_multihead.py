@@ -168,8 +168,9 @@ def test_float_masks_mean_the_same_as_bool_masks():
     torch.testing.assert_close(got, expected, **EXACT)
 
 
-def test_a_float_mask_is_added_to_the_keys():
-    module = build()
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+def test_a_float_mask_says_how_many_times_a_key_counts(normalization):
+    module = build(normalization=normalization)
     # A weight of two is the same key twice.
     logit = torch.zeros(2, 15).double()
     logit[:, 4] = math.log(2.0)
@@ -177,11 +178,15 @@ def test_a_float_mask_is_added_to_the_keys():
     torch.testing.assert_close(
         module(X, Y, Y, key_padding_mask=logit)[0], module(X, twice, twice)[0], **EXACT
     )
-    scaling = build(normalization="scaling")
-    with pytest.raises(
-        NotImplementedError, match=r"key_padding_mask must be bool, or a float of 0 and -inf"
-    ):
-        scaling(X, Y, Y, key_padding_mask=logit)
+
+
+def test_the_lowest_number_of_a_dtype_hides_as_minus_infinity_does():
+    module, mask = build().half(), torch.ones(2, 15, dtype=torch.bool)
+    x, y = X.half(), Y.half()
+    expected, _ = module(x, y, y, key_padding_mask=mask)
+    for low in (torch.finfo(torch.float16).min, -1e9):
+        got, _ = module(x, y, y, key_padding_mask=torch.zeros(2, 15).masked_fill(mask, low))
+        assert torch.equal(got, expected)
 
 
 def test_key_bias_has_exactly_zero_gradient_under_softmax():

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 import efficient_attention as ea
 from efficient_attention.memory import peak_bytes
 from efficient_attention.ops.planner import MODULE_ORDERS
+from efficient_attention.testing import assert_as_precise_as_plain
 
 EFFICIENT = [ea.EfficientAttention1d, ea.EfficientAttention2d, ea.EfficientAttention3d]
 NON_LOCAL = [ea.NonLocal1d, ea.NonLocal2d, ea.NonLocal3d]
@@ -88,7 +89,7 @@ def test_every_order_gives_the_same_values_and_gradients(order, normalization, n
 
 
 @pytest.mark.parametrize("kind", EFFICIENT)
-@pytest.mark.parametrize("order", ["linear", "folded"])
+@pytest.mark.parametrize("order", ["linear", "quadratic", "folded"])
 def test_memory_format_is_taken_and_kept(kind, order):
     dimensions = kind._dimensions
     module = kind(6, 4, 8, num_heads=2, init="official", order=order, dtype=torch.float64)
@@ -181,7 +182,16 @@ def test_auto_folds_where_the_multiply_adds_say_so():
 
 @pytest.mark.parametrize("projection", ["values", "reprojection"])
 @pytest.mark.parametrize(
-    "notice", ["hook", "pre-hook", "backward hook", "parametrization", "subclass"]
+    "notice",
+    [
+        "hook",
+        "pre-hook",
+        "backward hook",
+        "backward pre-hook",
+        "parametrization",
+        "subclass",
+        "forward of its own",
+    ],
 )
 def test_nothing_is_folded_that_would_notice(projection, notice):
     module, x = official(num_heads=2, order="linear"), feature_map(2)
@@ -193,6 +203,11 @@ def test_nothing_is_folded_that_would_notice(projection, notice):
         layer.register_forward_pre_hook(lambda *_: calls.append(1))
     elif notice == "backward hook":
         layer.register_full_backward_hook(lambda *_: calls.append(1))
+    elif notice == "backward pre-hook":
+        layer.register_full_backward_pre_hook(lambda *_: calls.append(1))
+    elif notice == "forward of its own":
+        plain = layer.forward
+        layer.forward = lambda x: (calls.append(1), plain(x))[1]
     elif notice == "parametrization":
         parametrizations.weight_norm(layer)
         calls.append(1)
@@ -216,6 +231,38 @@ def test_nothing_is_folded_that_would_notice(projection, notice):
         match=f"order='folded': {projection} cannot be folded into the context: it ",
     ):
         module(x)
+
+
+@pytest.mark.parametrize(
+    "change", [{"kernel_size": 3, "padding": 1}, {"kernel_size": 1, "groups": 2}]
+)
+def test_a_layer_that_is_not_pointwise_is_not_folded(change):
+    module, x = official(), feature_map(2)
+    module.values = nn.Conv2d(6, 8, dtype=torch.float64, **change)
+    module.order = "linear"
+    expected = module(x)
+    module.order = "auto"
+    torch.testing.assert_close(module(x), expected, **EXACT)
+
+
+def test_layers_may_be_wrapped():
+    module, x = official(order="linear"), feature_map(2)
+    expected = module(x)
+    module.order = "auto"
+    for name in ("keys", "queries", "values", "reprojection"):
+        setattr(module, name, nn.Sequential(getattr(module, name)))
+    torch.testing.assert_close(module(x), expected, **EXACT)
+
+
+def test_sizes_of_other_integer_types_are_taken():
+    numpy = pytest.importorskip("numpy")
+    assert ea.EfficientAttention2d(6, numpy.int64(4)).key_channels == 4
+
+
+def test_shapes_can_be_planned_on_the_meta_device():
+    for order in MODULE_ORDERS:
+        module = ea.EfficientAttention2d(6, 4, 8, order=order, device="meta")
+        assert module(torch.empty(2, 6, 7, 5, device="meta")).shape == (2, 6, 7, 5)
 
 
 def test_a_hook_on_the_keys_sees_what_it_saw_before():
@@ -272,8 +319,7 @@ def test_low_precision_module_stays_near_the_exact_one(dtype, order):
 
     got = low(x.to(dtype))
     assert got.dtype == dtype
-    ea_testing = pytest.importorskip("efficient_attention.testing")
-    ea_testing.assert_as_precise_as_plain(got, by_hand(x.to(dtype)), exact)
+    assert_as_precise_as_plain(got, by_hand(x.to(dtype)), exact)
 
 
 def test_evaluation_does_not_hold_values_or_attended_values():

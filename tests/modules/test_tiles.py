@@ -1,9 +1,12 @@
 """The whole from its tiles."""
 
+import copy
+
 import pytest
 import torch
 
 import efficient_attention as ea
+from efficient_attention.testing import assert_as_precise_as_plain
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
@@ -53,6 +56,14 @@ def test_token_tiles_equal_all_tokens():
     tokens = torch.randn(2, 20, 6, dtype=torch.float64)
     outputs = ea.attend_tiles(module, tokens.split(7, 1))
     torch.testing.assert_close(torch.cat(list(outputs), 1), module(tokens), **EXACT)
+
+
+def test_many_tiles_are_as_precise_as_the_whole():
+    module = ea.EfficientAttention(8)
+    tokens = torch.randn(1, 20_000, 8)
+    exact = copy.deepcopy(module).double()(tokens.double())
+    tiled = torch.cat(list(ea.attend_tiles(module, tokens.split(20, 1))), 1)
+    assert_as_precise_as_plain(tiled, module(tokens), exact)
 
 
 def test_overlap_is_hidden_by_masks():

@@ -75,6 +75,25 @@ def test_the_largest_key_may_come_in_any_block(short_blocks):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("offset", [0, 100, 10_000])
+def test_gradients_stay_precise_where_keys_are_large(offset):
+    # Weights must not be recovered from log_weight: at 10,000 its last digit is worth 0.1%.
+    query, key, value = make_inputs(keys=500, dtype=torch.float32)
+    low = [query, key + offset, value]
+    exact = [x.double() for x in low]
+    all_results = []
+    for function, tensors in (
+        (efficient_attention, low),
+        (plain_attention, low),
+        (plain_attention, exact),
+    ):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        all_results.append(gradients(function(*leaves), leaves))
+    names = ("d_query", "d_key", "d_value")
+    for name, got, plain, truth in zip(names, *all_results, strict=True):
+        assert_as_precise_as_plain(got, plain, truth, name)
+
+
 def test_sums_over_blocks_are_a_balanced_tree():
     blocks = [slice(i, i + 1) for i in range(5)]
     order = blocked._fold(lambda a, b: f"({a}{b})", lambda n: str(n.start), blocks)

@@ -100,6 +100,14 @@ def test_context_is_a_pytree_and_pickles():
     assert torch.equal(again.mean, context.mean)
 
 
+def test_a_kept_context_loads_with_weights_only(tmp_path):
+    _, key, value = make_inputs()
+    torch.save(summarize(key, value), tmp_path / "context.pt")
+    again = torch.load(tmp_path / "context.pt", weights_only=True)
+    assert isinstance(again, Context)
+    assert torch.equal(again.mean, summarize(key, value).mean)
+
+
 def test_merge_refuses_what_is_no_context():
     with pytest.raises(TypeError, match=r"others\[0\] must be a Context; got tuple"):
         scalar_context(1.0, 0.0).merge((torch.zeros(1), torch.zeros(1)))

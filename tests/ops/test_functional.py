@@ -12,6 +12,7 @@ from efficient_attention import (
     efficient_attention,
     summarize,
 )
+from efficient_attention.memory import peak_bytes
 from efficient_attention.testing import make_inputs
 
 Q, K, V = make_inputs()
@@ -197,28 +198,29 @@ def bad(function, *args, **kwargs):
         (
             bad(attend, Q, Context(*(x.to("meta") for x in CONTEXT))),
             ValueError,
-            "context must be on query's device cpu; got meta",
+            "context must be torch.float64 on cpu for a query of torch.float64; got torch.float64 meta",
         ),
         # Masks.
         (
             bad(efficient_attention, Q, K, V, key_mask=[True]),
             TypeError,
-            "key_mask must be a tensor, bool [B, M] or broadcastable to [B, H, M] = (2, 3, 53); got list",
+            "key_mask must be a tensor, bool [B, M] or [B, H, M], B and H perhaps 1, for B, H, M = (2, 3, 53); "
+            "got list",
         ),
         (
             bad(efficient_attention, Q, K, V, key_mask=torch.ones(2, 53)),
             TypeError,
-            "key_mask must be bool [B, M] or broadcastable to [B, H, M] = (2, 3, 53); got torch.float32",
+            "key_mask must be bool [B, M] or [B, H, M], B and H perhaps 1, for B, H, M = (2, 3, 53); got torch.float32",
         ),
         (
             bad(summarize, K, V, key_mask=torch.ones(2, 37).bool()),
             ValueError,
-            "key_mask must be bool [B, M] or broadcastable to [B, H, M] = (2, 3, 53); got shape (2, 37)",
+            "key_mask must be bool [B, M] or [B, H, M], B and H perhaps 1, for B, H, M = (2, 3, 53); got shape (2, 37)",
         ),
         (
             bad(summarize, K, V, key_mask=torch.ones(3, 53).bool()),
             ValueError,
-            "key_mask must be bool [B, M] or broadcastable to [B, H, M] = (2, 3, 53); got shape (3, 53)",
+            "key_mask must be bool [B, M] or [B, H, M], B and H perhaps 1, for B, H, M = (2, 3, 53); got shape (3, 53)",
         ),
         (
             bad(efficient_attention, Q, K, V, key_mask=torch.ones(2, 3, 37, 53).bool()),
@@ -247,6 +249,13 @@ def test_misuse_names_the_argument_what_was_expected_and_what_came(call, error, 
         call()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_context_of_another_precision_is_refused(dtype):
+    message = f"context must be torch.float32 on cpu for a query of {dtype}; got torch.float64 cpu"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attend(Q.to(dtype), CONTEXT)
+
+
 def test_quadratic_order_is_chosen_for_short_inputs_only():
     # Crossover at 2 * 8 * 5 / 13 = 6.2 positions.
     for length, order in ((6, "quadratic"), (7, "linear")):
@@ -255,3 +264,15 @@ def test_quadratic_order_is_chosen_for_short_inputs_only():
         assert torch.equal(auto, efficient_attention(query, key, value, order=order))
         other = {"linear": "quadratic", "quadratic": "linear"}[order]
         assert not torch.equal(auto, efficient_attention(query, key, value, order=other))
+
+
+def test_few_queries_do_not_make_memory_grow_with_the_keys():
+    # One query has fewer multiply-adds in the quadratic order, but that keeps both softmaxes in memory.
+    query, key, value = make_inputs(1, 8, 1, 65_536, 64, 64, dtype=torch.float32)
+    assert peak_bytes(lambda: efficient_attention(query, key, value)) < 8_000_000
+
+
+def test_shapes_can_be_planned_on_the_meta_device():
+    query, key, value = (x.to("meta") for x in make_inputs())
+    for order in ("linear", "quadratic"):
+        assert efficient_attention(query, key, value, order=order).shape == (2, 3, 37, 5)

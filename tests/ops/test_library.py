@@ -1,6 +1,8 @@
 """The operators under PyTorch's machinery: differentiation of every kind, transforms, compiler, autocast, counters."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import efficient_attention as efficient_attention_package
 from efficient_attention import attend, efficient_attention, summarize
 from efficient_attention.ops import library
 from efficient_attention.testing import make_inputs
@@ -72,6 +75,37 @@ def test_jvp_equals_the_product_with_the_jacobian():
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap"])
+def test_transforms_inside_a_compiled_program_are_right(transform):
+    inputs, tangents = make_inputs(*SMALL), make_inputs(*SMALL, seed=1)
+
+    def function(q, k, v):
+        return efficient_attention(q, k, v, order="linear")
+
+    def transformed(inputs, tangents):
+        if transform == "jvp":
+            return torch.func.jvp(function, inputs, tangents)[1]
+        if transform == "grad":
+            return torch.func.grad(lambda *x: function(*x).square().sum())(*inputs)
+        return torch.func.vmap(function)(*(x.unsqueeze(0) for x in inputs))
+
+    compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(inputs, tangents), transformed(inputs, tangents), rtol=0, atol=1e-12
+    )
+
+
+def test_the_operators_themselves_carry_tangents():
+    _, key, value = make_inputs(*SMALL)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(key, torch.ones_like(key))
+        mean = library.summarize(dual, value, None, "scaling")[0]
+        # Every key grows by one: the mean by the mean of the values.
+        tangent = torch.autograd.forward_ad.unpack_dual(mean).tangent
+    expected = value.mean(2, keepdim=True).expand_as(tangent)
+    torch.testing.assert_close(tangent, expected, rtol=0, atol=1e-12)
+
+
 def test_vmap_equals_a_loop():
     stacks = [
         torch.stack(x) for x in zip(*(make_inputs(*SMALL, seed=s) for s in range(3)), strict=True)
@@ -114,8 +148,10 @@ def test_operators_pass_opcheck(normalization, masked):
     q, k, v = (x.detach() for x in (query, key, value))
     log_weight = torch.randn(2, 3, 8, dtype=torch.float64)
     mean = mean.detach()
+    total = torch.rand_like(log_weight)
     torch.library.opcheck(
-        library.summarize_backward, (mean, log_weight, k, v, mask, mean, log_weight, normalization)
+        library.summarize_backward,
+        (mean, log_weight, k, v, mask, mean, log_weight, total, normalization),
     )
     d_output = torch.randn(2, 3, 37, 5, dtype=torch.float64)
     torch.library.opcheck(library.attend_backward, (d_output, q, mean, normalization, 1))
@@ -207,6 +243,24 @@ def test_flop_counter_counts_multiply_adds_twice():
     with FlopCounterMode(display=False) as backward:
         output.sum().backward()
     assert backward.get_total_flops() == 2 * 43_200
+
+
+@pytest.mark.parametrize("counter_first", [True, False])
+def test_formulas_are_there_whoever_is_imported_first(counter_first):
+    imports = [
+        "import efficient_attention as ea",
+        "from torch.utils.flop_counter import FlopCounterMode",
+    ]
+    code = [
+        "import torch",
+        *(reversed(imports) if counter_first else imports),
+        "q = torch.randn(1, 1, 10, 2)",
+        "with FlopCounterMode(display=False) as counter:",
+        "    ea.efficient_attention(q, q, q, order='linear')",
+        "assert counter.get_total_flops() == 160",
+    ]
+    path = {"PYTHONPATH": efficient_attention_package.__path__[0] + "/.."}
+    subprocess.run([sys.executable, "-c", "\n".join(code)], check=True, env=path)
 
 
 def test_a_named_backend_does_not_fall_back_silently():

@@ -88,6 +88,13 @@ def test_crossover_is_where_both_orders_cost_the_same(channels, expected):
         costs = operator_costs(
             queries=n, keys=n, key_channels=channels[0], value_channels=channels[1]
         )
+        assert min(costs, key=lambda name: costs[name].multiply_adds) == order
+
+
+def test_the_quadratic_order_is_planned_only_while_it_fits_the_cache():
+    for keys, order in ((1000, "quadratic"), (100_000, "linear")):
+        costs = operator_costs(queries=1, keys=keys, key_channels=64, value_channels=64)
+        assert costs["quadratic"].multiply_adds < costs["linear"].multiply_adds
         assert cheapest(costs) == order
 
 

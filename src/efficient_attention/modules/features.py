@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.layout import is_channel_major
 
 Projection = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -77,7 +78,11 @@ class FeatureMaps:
         return x.flatten(2).unflatten(1, (heads, -1)).mT  # [B, h, n, C / h]
 
     def join(self, heads: Tensor, like: Tensor) -> Tensor:
-        return heads.mT.flatten(1, 2).unflatten(2, like.shape[2:])  # [B, C, *spatial]
+        if is_channel_major(self.split(like, 1)):
+            joined = heads.mT.flatten(1, 2)  # [B, C, n]
+        else:
+            joined = heads.transpose(1, 2).flatten(2).mT  # [B, C, n], channels last in memory
+        return joined.unflatten(2, like.shape[2:])  # [B, C, *spatial]
 
     def key_mask(self, mask: Tensor, like: Tensor) -> Tensor:
         shape = (like.shape[0], *like.shape[2:])

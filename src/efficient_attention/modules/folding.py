@@ -11,16 +11,20 @@ Shapes: B batch, h heads, dk, dv key and value channels of all heads, C channels
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..ops import Context
+from ..ops.precision import without_autocast
+
+_Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def obstacle(projection: nn.Module, expected: type[nn.Module]) -> str | None:
     """Why the weights of a projection may not be used without calling it, or ``None`` if nobody would notice."""
-    if type(projection) is not expected:
+    if type(projection) is not expected or "forward" in vars(projection):
         return f"it is a {type(projection).__name__}, not a plain {expected.__name__}"
+    if isinstance(projection, _Convolution) and not _is_pointwise(projection):
+        return "its convolution is not pointwise"
     # Global hooks are for profilers, which should see the computation as it is.
     if (
         projection._forward_hooks
@@ -32,11 +36,20 @@ def obstacle(projection: nn.Module, expected: type[nn.Module]) -> str | None:
     return None
 
 
+def _is_pointwise(convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    ones = (1,) * len(convolution.kernel_size)
+    return (
+        convolution.kernel_size == convolution.stride == ones
+        and not any(convolution.padding)
+        and convolution.groups == 1
+    )
+
+
 def fold_values(
     pooled: Context, column_sums: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int
 ) -> Context:
     """The context of values from that of X: ``[B, 1, dk, C]`` to ``[B, h, dk / h, dv / h]``."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         mean = pooled.mean.squeeze(1).unflatten(1, (num_heads, -1))  # [B, h, dk / h, C]
         weight = weight.flatten(1).unflatten(0, (num_heads, -1)).to(mean.dtype)  # [h, dv / h, C]
         mean = mean @ weight.mT
@@ -53,7 +66,7 @@ def fold_output(context: Context, weight: Tensor, bias: Tensor | None) -> Contex
     every row adds ``bias`` to every output.
     """
     num_heads = context.mean.shape[1]
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         weight = weight.flatten(1).unflatten(1, (num_heads, -1)).permute(1, 2, 0)  # [h, dv / h, C]
         mean = context.mean @ weight.to(context.mean.dtype)  # [B, h, dk / h, C]
         if bias is not None:

@@ -19,8 +19,9 @@ Plannable = EfficientModule | MultiheadEfficientAttention
 def freeze(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:
     """Name the order that every efficient attention in a model takes for an example input, in place of ``"auto"``.
 
-    The model runs once, without gradients. Afterwards the orders are constants: the same for every length, and known
-    to whoever compiles or exports the model. Set ``module.order = "auto"`` to plan again.
+    The model runs once, in evaluation mode and without gradients, so that nothing in it changes. Afterwards the
+    orders are constants: the same for every length, and known to whoever compiles or exports the model. Set
+    ``module.order = "auto"`` to plan again.
 
     Args:
         model: any module.
@@ -50,12 +51,16 @@ def freeze(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:
         module.register_forward_pre_hook(_recorder(name, chosen), with_kwargs=True)
         for name, module in unplanned.items()
     ]
+    training = [module for module in model.modules() if module.training]
     try:
+        model.eval()
         with torch.no_grad():
             model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
+        for module in training:
+            module.training = True
     for name, order in chosen.items():
         unplanned[name].order = order
     return chosen

@@ -45,7 +45,8 @@ class MultiheadEfficientAttention(nn.Module):
 
     ``forward(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
     average_attn_weights=True, is_causal=False)`` returns ``(output, weights)``. ``key_padding_mask`` is True on
-    *padding*, as there, or a float mask ``[B, M]`` that is added to the keys. ``need_weights=True``, the default
+    *padding*, as there, or float ``[B, M]``, the logarithm of how many times a key counts, -inf on padding.
+    ``need_weights=True``, the default
     there and so here, builds the matrix ``rho_q(Q) rho_k(K)^T``, ``[B, N, M]`` (per head ``[B, h, N, M]``): pass
     False where N is large, and get ``None``.
 
@@ -165,8 +166,10 @@ class MultiheadEfficientAttention(nn.Module):
             query, key, value = self._transposed(query, key, value)
 
         q, k, v = self._project(query, key, value)  # [B, N, E], [B, M, E], [B, M, E]
-        mask, logit = self._split_mask(key_padding_mask, k.dtype)
-        k, v, mask = self._append(k, v, mask, logit)
+        mask, log_weight = self._split_mask(key_padding_mask, k.dtype)
+        if mask is not None and log_weight is not None:
+            k = self._weigh(k, mask, log_weight)
+        k, v, mask = self._append(k, v, mask)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         output = efficient_attention(
             q, k, v, key_mask=mask, normalization=self.normalization, order=self.order
@@ -190,6 +193,7 @@ class MultiheadEfficientAttention(nn.Module):
         axis = -2 if self.batch_first or query.dim() == 2 else 0
         extra = (self.bias_k is not None) + self.add_zero_attn
         return cheapest_order(
+            heads=self.num_heads,
             queries=query.shape[axis],
             keys=key.shape[axis] + extra,
             key_channels=self.head_dim,
@@ -223,31 +227,31 @@ class MultiheadEfficientAttention(nn.Module):
         apart = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         return [weight for weight in apart if weight is not None]
 
+    @staticmethod
     def _split_mask(
-        self, key_padding_mask: Tensor | None, dtype: torch.dtype
+        key_padding_mask: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Which keys attend (bool), and what is added to them, from PyTorch's convention of bool or float masks."""
+        """Which keys attend (bool), and the logarithm of their weights, from PyTorch's bool or float masks."""
         if key_padding_mask is None:
             return None, None
         if key_padding_mask.dtype == torch.bool:
             return ~key_padding_mask, None
-        attends = key_padding_mask != -torch.inf
-        logit = key_padding_mask.masked_fill(~attends, 0)
+        # -inf, or the lowest number of a dtype, which many use for it.
+        attends = key_padding_mask.to(dtype) > torch.finfo(dtype).min
+        return attends, key_padding_mask.masked_fill(~attends, 0).to(dtype)
+
+    def _weigh(self, k: Tensor, mask: Tensor, log_weight: Tensor) -> Tensor:
+        """Keys of which position m counts ``exp(log_weight[m])`` times."""
         if self.normalization == "softmax":
-            return attends, logit.to(dtype)
-        if not torch.compiler.is_compiling() and logit.any():
-            raise NotImplementedError(
-                "key_padding_mask must be bool, or a float of 0 and -inf, with normalization='scaling', which has no "
-                f"logits to add to; got values up to {logit.abs().max().item():g}"
-            )
-        return attends, None
+            return k + log_weight.unsqueeze(-1)
+        weight = log_weight.exp().masked_fill(~mask, 0)
+        share = mask.sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1e-30)
+        return k * (weight * share).unsqueeze(-1).to(k.dtype)
 
     def _append(
-        self, k: Tensor, v: Tensor, mask: Tensor | None, logit: Tensor | None
+        self, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add the positions that ``add_bias_kv`` and ``add_zero_attn`` ask for, and a float mask to the keys."""
-        if logit is not None:
-            k = k + logit.unsqueeze(-1)
+        """Add the positions that ``add_bias_kv`` and ``add_zero_attn`` ask for."""
         batch, _, channels = k.shape
         extra = []
         if self.bias_k is not None and self.bias_v is not None:
@@ -266,9 +270,12 @@ class MultiheadEfficientAttention(nn.Module):
     ) -> None:
         channels = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
         for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
             if x.is_nested:
                 raise NotImplementedError(
-                    f"{name} must not be nested; pad it and pass key_padding_mask"
+                    f"{name} must not be nested; pad it and pass key_padding_mask "
+                    "(nn.TransformerEncoder: enable_nested_tensor=False)"
                 )
             if x.dim() != query.dim() or x.dim() not in (2, 3) or x.shape[-1] != channels[name]:
                 axes = "[B, N, E]" if self.batch_first else "[N, B, E]"

@@ -7,6 +7,7 @@ value channels of all heads. Paper: Shen et al. 2021, Sec. 3.2 and Fig. 1.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class ProjectedAttention(nn.Module):
     ):
         super().__init__()
         source_channels = in_channels if source_channels is None else source_channels
-        sizes = {
+        sizes: dict[str, Any] = {
             "in_channels": in_channels,
             "key_channels": key_channels,
             "value_channels": value_channels,
@@ -58,7 +59,7 @@ class ProjectedAttention(nn.Module):
             "num_heads": num_heads,
         }
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, Integral) or size < 1:
                 raise ValueError(f"{name} must be a positive integer; got {size!r}")
         for name in ("key_channels", "value_channels"):
             if sizes[name] % num_heads:
@@ -170,7 +171,9 @@ class EfficientModule(ProjectedAttention):
         folds = self._resolve(positions, positions) in ("folded", "folded_output")
         return self._attend(x, context, folds)
 
-    def costs(self, queries: int, keys: int | None = None, batch: int = 1) -> dict[str, Cost]:
+    def costs(
+        self, queries: int, keys: int | None = None, *, batch: int = 1, itemsize: int = 4
+    ) -> dict[str, Cost]:
         """What each exact order of this module costs for N queries and M keys (default: as many)."""
         return module_costs(
             queries=queries,
@@ -181,7 +184,7 @@ class EfficientModule(ProjectedAttention):
             source_channels=self.source_channels,
             batch=batch,
             heads=self.num_heads,
-            itemsize=self.keys.weight.element_size(),
+            itemsize=itemsize,
         )
 
     def planned_order(
@@ -246,7 +249,7 @@ class EfficientModule(ProjectedAttention):
         # Softmax over positions treats every channel alone, so that all heads share one product with X.
         key = self._features.split(self._project_keys(source), 1)  # [B, 1, M, dk]
         x = self._features.split(source, 1)  # [B, 1, M, C]
-        pooled = summarize(key, x.to(key.dtype), key_mask=mask, normalization=self.normalization)
+        pooled = summarize(key, x, key_mask=mask, normalization=self.normalization)
         if self.normalization == "softmax":
             column_sums = (pooled.log_weight != -torch.inf).to(pooled.mean.dtype)
         else:
@@ -295,8 +298,8 @@ class EfficientModule(ProjectedAttention):
         """Softmax over positions does not see a constant added to a channel: the key bias has no effect."""
         return (
             self.normalization == "softmax"
-            and self.keys.bias is not None
             and obstacle(self.keys, self._features.projection) is None
+            and self.keys.bias is not None
         )
 
     def _project_keys(self, source: Tensor) -> Tensor:
@@ -309,10 +312,10 @@ class EfficientModule(ProjectedAttention):
 
     def _with_key_bias(self, x: Tensor) -> Tensor:
         """Give an idle key bias its gradient, zero, in place of the rounding noise that optimizers would amplify."""
-        bias = self.keys.bias
-        if bias is None or not (torch.is_grad_enabled() and self._key_bias_is_idle()):
+        if not torch.is_grad_enabled() or not self._key_bias_is_idle():
             return x
-        return x + bias.mul(0).sum().to(x.dtype)
+        bias = self.keys.bias
+        return x if bias is None else x + bias.mul(0).sum().to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, order={self.order!r}"

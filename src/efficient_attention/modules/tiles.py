@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ops import Context
 from .projected import EfficientModule
 
 __all__ = ["attend_tiles"]
@@ -67,16 +68,22 @@ def _attend_tiles(
     key_masks: Iterable[Tensor | None] | None,
 ) -> Iterator[Tensor]:
     masks = itertools.repeat(None) if key_masks is None else iter(key_masks)
-    context = None
+    parts: list[tuple[int, Context]] = []
     for tile in tiles:
         mask = next(masks, _SPENT)
         if mask is _SPENT:
             raise ValueError("key_masks must be as many as tiles; got fewer")
-        part = module.summarize(tile, key_mask=mask)
-        context = part if context is None else context.merge(part)
+        parts.append((1, module.summarize(tile, key_mask=mask)))
+        # Equals merge with equals, like the digits of a counter: a balanced tree, whose rounding grows with the
+        # logarithm of the number of tiles.
+        while len(parts) > 1 and parts[-1][0] == parts[-2][0]:
+            (size, last), (_, before) = parts.pop(), parts.pop()
+            parts.append((2 * size, before.merge(last)))
     if key_masks is not None and next(masks, _SPENT) is not _SPENT:
         raise ValueError("key_masks must be as many as tiles; got more")
-    if context is None:
+    if not parts:
         raise ValueError("tiles must hold at least one tile; got none")
+    first, *rest = (context for _, context in parts)
+    context = first.merge(*rest)
     for tile in tiles:
         yield module.attend(tile, context)

@@ -21,8 +21,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .layout import accumulation_dtype, empty_output, is_channel_major
+from .layout import empty_output, is_channel_major
 from .planner import block_length, rows_per_block
+from .precision import accumulation_dtype
 
 Blocks = Sequence[slice]
 T = TypeVar("T")
@@ -30,59 +31,67 @@ T = TypeVar("T")
 
 def summarize(
     key: Tensor, value: Tensor, key_mask: Tensor | None, normalization: str
-) -> tuple[Tensor, Tensor]:
-    """``rho_k(K)^T V`` and the logarithm of its total weight: ``[B, H, Dk, Dv]``, ``[B, H, Dk]``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``rho_k(K)^T V`` and its weight, as mean ``[B, H, Dk, Dv]`` and log_weight, shift, total ``[B, H, Dk]``.
+
+    The weights are ``w / total`` with ``w = exp(k - shift)``, shift the largest key of a channel (softmax), or
+    ``w = k``, shift 0 (scaling). log_weight is their logarithm, too coarse to give the weights back: where keys are
+    large, shift swallows the digits of total.
+    """
     tiles = _walk(key, value.shape[-1])
     if len(tiles) == 1:
         return _summarize_rows(key, value, key_mask, normalization, tiles[0][1])
     dtype = accumulation_dtype(key.dtype)
     batch, heads, _, key_channels = key.shape
     mean = key.new_zeros(batch, heads, key_channels, value.shape[-1], dtype=dtype)
-    log_weight = key.new_full((batch, heads, key_channels), -torch.inf, dtype=dtype)
+    log_weight, shift, total = (
+        key.new_full((batch, heads, key_channels), empty, dtype=dtype)
+        for empty in (-torch.inf, 0.0, 0.0)
+    )
     for rows, blocks in tiles:
-        mean[rows], log_weight[rows] = _summarize_rows(
+        mean[rows], log_weight[rows], shift[rows], total[rows] = _summarize_rows(
             key[rows], value[rows], _mask_rows(key_mask, rows), normalization, blocks
         )
-    return mean, log_weight
+    return mean, log_weight, shift, total
 
 
 def _summarize_rows(
     key: Tensor, value: Tensor, mask: Tensor | None, normalization: str, blocks: Blocks
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weigh = _weigh_softmax if normalization == "softmax" else _weigh_scaling
-    weighted, total, log_weight = weigh(key, value, mask, blocks)
-    if mask is not None:
-        total = total.masked_fill(total == 0, 1)
-    return weighted.div_(total.unsqueeze(-1)), log_weight
+    weighted, shift, total = weigh(key, value, mask, blocks)
+    mean = weighted.div_(_divisor(total, mask).unsqueeze(-1))
+    return mean, total.log() + shift, shift, total
 
 
 def _weigh_softmax(
     key: Tensor, value: Tensor, mask: Tensor | None, blocks: Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum_m w v`` and ``sum_m w`` for w = exp(k - s), s the largest key of a channel; and the log weight."""
+    """``sum_m w v``, shift and ``sum_m w``."""
     shift = _fold(torch.maximum, lambda n: _load(key, mask, n, -torch.inf).amax(-2), blocks)
     if mask is not None:
         # Where every key is masked: -inf - -inf would be NaN.
         shift = shift.masked_fill(shift == -torch.inf, 0)  # [b, H, Dk]
-    at_zero = shift.unsqueeze(-2)
 
     def weigh(n: slice) -> tuple[Tensor, Tensor]:
-        weights = (_load(key, mask, n, -torch.inf) - at_zero).exp_()  # [b, H, n, Dk]
+        weights = (_load(key, mask, n, -torch.inf) - shift.unsqueeze(-2)).exp_()  # [b, H, n, Dk]
         return weights.mT @ _load(value, mask, n), weights.sum(-2)
 
     weighted, total = _fold(_add_both, weigh, blocks)
-    return weighted, total, total.log() + shift
+    return weighted, shift, total
 
 
 def _weigh_scaling(
     key: Tensor, value: Tensor, mask: Tensor | None, blocks: Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum_m k v``, the number of keys, and its logarithm."""
+    """``sum_m k v``, no shift, and the number of keys."""
     weighted = _fold(
         torch.Tensor.add_, lambda n: _load(key, mask, n).mT @ _load(value, mask, n), blocks
     )
-    total = _count_keys(key, mask, weighted.dtype)  # [1 or b, 1 or H, 1]
-    return weighted, total, total.log().expand(weighted.shape[:-1]).contiguous()
+    total = weighted.new_full(weighted.shape[:-1], key.shape[-2])
+    if mask is not None:
+        total.copy_(mask.sum(-1, keepdim=True))
+    return weighted, torch.zeros_like(total), total
 
 
 def summarize_backward(
@@ -92,33 +101,35 @@ def summarize_backward(
     value: Tensor,
     key_mask: Tensor | None,
     mean: Tensor,
-    log_weight: Tensor,
+    shift: Tensor,
+    total: Tensor,
     normalization: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`summarize` with respect to key and value, in their dtypes and layouts."""
+    """Gradients of mean and log_weight with respect to key and value, in their dtypes and layouts."""
     d_key, d_value = torch.empty_like(key), torch.empty_like(value)
     softmax = normalization == "softmax"
-    shift = log_weight.masked_fill(log_weight == -torch.inf, 0).unsqueeze(-2)  # [B, H, 1, Dk]
+    # Dividing d_mean by the total, of the size of a context, spares dividing every weight.
+    total = _divisor(total, key_mask)
     correction = (d_mean * mean).sum(-1)  # [B, H, Dk]
     if d_log_weight is not None:
         correction = correction - d_log_weight
-    correction = correction.unsqueeze(-2)
+    correction = (correction / total).unsqueeze(-2)
+    d_mean = d_mean / total.unsqueeze(-1)
 
     for rows, blocks in _walk(key, value.shape[-1]):
         k, v, mask = key[rows], value[rows], _mask_rows(key_mask, rows)
-        count = _count_keys(k, mask, mean.dtype).clamp(min=1).unsqueeze(-1)
         for n in blocks:
             if softmax:
-                weights = (_load(k, mask, n, -torch.inf) - shift[rows]).exp_()
+                weights = _load(k, mask, n, -torch.inf) - shift[rows].unsqueeze(-2)
+                weights.exp_()
             else:
-                weights = _load(k, mask, n) / count
+                weights = _load(k, mask, n)
             # Written before d_key so that only three blocks are alive at a time.
             d_value[rows, :, n] = weights @ d_mean[rows]
             slope = _load(v, mask, n) @ d_mean[rows].mT  # [b, H, n, Dk]
             if softmax:
-                d_key[rows, :, n] = slope.sub_(correction[rows]).mul_(weights)
-            else:
-                d_key[rows, :, n] = slope.div_(count)
+                slope.sub_(correction[rows]).mul_(weights)
+            d_key[rows, :, n] = slope
     return d_key, d_value
 
 
@@ -231,8 +242,6 @@ def _mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[rows]
 
 
-def _count_keys(key: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """How many keys attend: ``[1 or b, 1 or H, 1]``."""
-    if mask is None:
-        return torch.full((1, 1, 1), key.shape[-2], dtype=dtype, device=key.device)
-    return mask.sum(-1, keepdim=True, dtype=dtype)
+def _divisor(total: Tensor, mask: Tensor | None) -> Tensor:
+    """The total weight, or 1 where every key is masked."""
+    return total if mask is None else total.masked_fill(total == 0, 1)

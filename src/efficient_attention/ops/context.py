@@ -83,3 +83,7 @@ class Context(NamedTuple):
                     f"{name}.{field} must match {tuple(mine.shape)} {mine.dtype} of the context it is merged into; "
                     f"got {tuple(theirs.shape)} {theirs.dtype}"
                 )
+
+
+# A kept context can be loaded with torch.load(weights_only=True).
+torch.serialization.add_safe_globals([Context])

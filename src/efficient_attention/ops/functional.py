@@ -12,6 +12,7 @@ from torch import Tensor
 from . import library, reference
 from .context import Context
 from .planner import OPERATOR_ORDERS, cheapest, operator_costs
+from .precision import accumulation_dtype, autocast_is_on
 
 __all__ = ["attend", "dot_product_attention", "efficient_attention", "summarize"]
 
@@ -40,7 +41,7 @@ def efficient_attention(
         query: ``[B, H, N, Dk]``, float16, bfloat16, float32 or float64, any strides.
         key: ``[B, H, M, Dk]``, dtype and device of ``query``.
         value: ``[B, H, M, Dv]``, dtype and device of ``query``.
-        key_mask: bool, ``[B, M]`` or broadcastable to ``[B, H, M]``; True = attend. Masked positions may hold
+        key_mask: bool, ``[B, M]`` or ``[B, H, M]``, B and H perhaps 1; True = attend. Masked positions may hold
             anything. A query whose every key is masked gets 0. An N x M mask, an additive bias and dropout on the
             weights have no linear form: there is no N x M map to apply them to.
         normalization: ``"softmax"`` or ``"scaling"``.
@@ -74,6 +75,7 @@ def efficient_attention(
         order = "linear"
         if backend != "blocked":
             order = cheapest_order(
+                heads=query.shape[1],
                 queries=query.shape[2],
                 keys=key.shape[2],
                 key_channels=key.shape[3],
@@ -107,7 +109,7 @@ def summarize(
     Args:
         key: ``[B, H, M, Dk]``, float16, bfloat16, float32 or float64, any strides; M may be 0.
         value: ``[B, H, M, Dv]``, dtype and device of ``key``.
-        key_mask: bool, ``[B, M]`` or broadcastable to ``[B, H, M]``; True = attend.
+        key_mask: bool, ``[B, M]`` or ``[B, H, M]``, B and H perhaps 1; True = attend.
         normalization: ``"softmax"`` or ``"scaling"``.
         backend: as in :func:`efficient_attention`.
 
@@ -133,7 +135,8 @@ def summarize(
     _check_shape("value", value, (*key.shape[:3], None), "[B, H, M, Dv]", "key's B, H, M")
     mask = _canonical_mask(key_mask, key)
     implementation = reference.summarize if _is_plain(backend) else library.summarize
-    return Context(*implementation(key, value, mask, normalization))
+    mean, log_weight, *_ = implementation(key, value, mask, normalization)
+    return Context(mean, log_weight)
 
 
 def attend(
@@ -181,8 +184,12 @@ def attend(
         "[B, H, Dk, Dv]",
         "query's B, H, Dk",
     )
-    if mean.device != query.device:
-        raise ValueError(f"context must be on query's device {query.device}; got {mean.device}")
+    dtype = accumulation_dtype(query.dtype)
+    if mean.dtype != dtype or mean.device != query.device:
+        raise ValueError(
+            f"context must be {dtype} on {query.device} for a query of {query.dtype}; "
+            f"got {mean.dtype} {mean.device}"
+        )
     if num_groups < 1 or query.shape[-1] % num_groups:
         raise ValueError(f"num_groups must divide query's Dk = {query.shape[-1]}; got {num_groups}")
     implementation = reference.attend if _is_plain(backend) else library.attend
@@ -208,7 +215,7 @@ def dot_product_attention(
         query: ``[B, H, N, Dk]``.
         key: ``[B, H, M, Dk]``, dtype and device of ``query``.
         value: ``[B, H, M, Dv]``, dtype and device of ``query``.
-        key_mask: bool, ``[B, M]`` or broadcastable to ``[B, H, M]``; True = attend. A query whose every key is
+        key_mask: bool, ``[B, M]`` or ``[B, H, M]``, B and H perhaps 1; True = attend. A query whose every key is
             masked gets 0.
         normalization: ``"softmax"`` or ``"scaling"``.
         scale: factor on ``Q K^T`` before the softmax. 1 is the paper's equation; transformers use ``Dk ** -0.5``.
@@ -250,7 +257,8 @@ def _fused_softmax_attention(
     value_channels = value.shape[-1]
     channels = max(key.shape[-1], value_channels)
     query, key, value = (
-        F.pad(x, (0, channels - x.shape[-1])).contiguous() for x in (query, key, value)
+        x.contiguous() if x.shape[-1] == channels else F.pad(x, (0, channels - x.shape[-1]))
+        for x in (query, key, value)
     )
     attended = None
     if mask is not None:
@@ -261,12 +269,18 @@ def _fused_softmax_attention(
     return output[..., :value_channels]
 
 
-def cheapest_order(*, queries: int, keys: int, key_channels: int, value_channels: int) -> str:
-    """What ``order="auto"`` is for these sizes of one head; shared with the modules."""
+def cheapest_order(
+    *, heads: int, queries: int, keys: int, key_channels: int, value_channels: int
+) -> str:
+    """What ``order="auto"`` is for these sizes; shared with the modules."""
     if torch.compiler.is_compiling():
         return "linear"
     costs = operator_costs(
-        queries=queries, keys=keys, key_channels=key_channels, value_channels=value_channels
+        heads=heads,
+        queries=queries,
+        keys=keys,
+        key_channels=key_channels,
+        value_channels=value_channels,
     )
     return cheapest(costs)
 
@@ -285,7 +299,7 @@ def _is_plain(backend: str) -> bool:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts the inputs of ``F.scaled_dot_product_attention``."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not autocast_is_on(first.device):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
@@ -301,7 +315,7 @@ def _canonical_mask(key_mask: Tensor | None, key: Tensor) -> Tensor | None:
     if key_mask is None:
         return None
     batch, heads, keys, _ = key.shape
-    expected = f"bool [B, M] or broadcastable to [B, H, M] = {(batch, heads, keys)}"
+    expected = f"bool [B, M] or [B, H, M], B and H perhaps 1, for B, H, M = {(batch, heads, keys)}"
     if not isinstance(key_mask, Tensor):
         raise TypeError(f"key_mask must be a tensor, {expected}; got {type(key_mask).__name__}")
     if key_mask.dtype != torch.bool:

@@ -1,14 +1,8 @@
-"""Types and memory layouts that every implementation of the operators agrees on."""
+"""Memory layouts that every implementation of the operators agrees on."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and contexts: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def is_channel_major(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The private operators: schemas, shapes, gradients and costs, for PyTorch's dispatcher, compiler and exporters.
+"""The private operators: schemas, shapes and gradients, for PyTorch's dispatcher, compiler and exporters.
 
 ``torch.ops.efficient_attention.{summarize, attend}`` and their backwards are the seam between the public functions
 and the implementations; the dispatcher picks one by device. Arguments arrive checked by functional.py.
@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import blocked, reference
-from .layout import accumulation_dtype, empty_output
+from .flops import register_when_counting
+from .layout import empty_output
+from .precision import accumulation_dtype, without_autocast
 
 _LIBRARY = torch.library.Library("efficient_attention", "DEF")
 _SCHEMAS = {
-    "summarize": "(Tensor key, Tensor value, Tensor? key_mask, str normalization) -> (Tensor mean, Tensor log_weight)",
+    "summarize": "(Tensor key, Tensor value, Tensor? key_mask, str normalization) "
+    "-> (Tensor mean, Tensor log_weight, Tensor shift, Tensor total)",
     "summarize_backward": "(Tensor d_mean, Tensor? d_log_weight, Tensor key, Tensor value, Tensor? key_mask, "
-    "Tensor mean, Tensor log_weight, str normalization) -> (Tensor d_key, Tensor d_value)",
+    "Tensor mean, Tensor shift, Tensor total, str normalization) -> (Tensor d_key, Tensor d_value)",
     "attend": "(Tensor query, Tensor mean, str normalization, int num_groups) -> Tensor output",
     "attend_backward": "(Tensor d_output, Tensor query, Tensor mean, str normalization, int num_groups) "
     "-> (Tensor d_query, Tensor d_mean)",
@@ -40,10 +42,8 @@ def serves_plain_tensors_only() -> str | None:
     """Why the operators cannot serve the call in progress, or ``None`` if they can.
 
     Under forward-mode differentiation and the transforms of ``torch.func`` tensors carry more than their values;
-    only the plain equations follow them there. (A compiled or exported program is traced before either applies.)
+    only the plain equations follow them there.
     """
-    if torch.compiler.is_compiling():
-        return None
     # torch.autograd.Function asks the same question by the same private name.
     if torch._C._are_functorch_transforms_active():
         return "it cannot run inside a transform of torch.func (vmap, grad, jvp, ...)"
@@ -57,9 +57,7 @@ def _in_own_precision(kernel: Callable) -> Callable:
 
     @functools.wraps(kernel)
     def guarded(x: Tensor, *args: Any) -> Any:
-        if not torch.is_autocast_enabled(x.device.type):
-            return kernel(x, *args)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return kernel(x, *args)
 
     return guarded
@@ -75,11 +73,12 @@ def _(key, value, key_mask, normalization):
     batch, heads, _, key_channels = key.shape
     dtype = accumulation_dtype(key.dtype)
     mean = key.new_empty(batch, heads, key_channels, value.shape[-1], dtype=dtype)
-    return mean, key.new_empty(batch, heads, key_channels, dtype=dtype)
+    weights = [key.new_empty(batch, heads, key_channels, dtype=dtype) for _ in range(3)]
+    return mean, *weights
 
 
 @torch.library.register_fake("efficient_attention::summarize_backward", lib=_LIBRARY)
-def _(d_mean, d_log_weight, key, value, key_mask, mean, log_weight, normalization):
+def _(d_mean, d_log_weight, key, value, key_mask, mean, shift, total, normalization):
     return torch.empty_like(key), torch.empty_like(value)
 
 
@@ -97,18 +96,19 @@ class _Summarize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, key, value, key_mask, normalization):
         with torch._C._AutoDispatchBelowAutograd():
-            mean, log_weight = summarize(key, value, key_mask, normalization)
-        ctx.save_for_backward(key, value, key_mask, mean, log_weight)
+            mean, log_weight, shift, total = summarize(key, value, key_mask, normalization)
+        ctx.save_for_backward(key, value, key_mask, mean, shift, total)
         ctx.normalization = normalization
         ctx.set_materialize_grads(False)
-        return mean, log_weight
+        ctx.mark_non_differentiable(shift, total)
+        return mean, log_weight, shift, total
 
     @staticmethod
-    def backward(ctx, d_mean, d_log_weight):
-        key, value, key_mask, mean, log_weight = ctx.saved_tensors
+    def backward(ctx, d_mean, d_log_weight, *_):
+        key, value, key_mask, mean, shift, total = ctx.saved_tensors
         d_mean = torch.zeros_like(mean) if d_mean is None else d_mean
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            d_log_weight = torch.zeros_like(log_weight) if d_log_weight is None else d_log_weight
+            d_log_weight = torch.zeros_like(total) if d_log_weight is None else d_log_weight
             d_key, d_value = _pull_back(
                 lambda k, v: reference.summarize(k, v, key_mask, ctx.normalization),
                 (key, value),
@@ -116,7 +116,7 @@ class _Summarize(torch.autograd.Function):
             )
         else:
             d_key, d_value = summarize_backward(
-                d_mean, d_log_weight, key, value, key_mask, mean, log_weight, ctx.normalization
+                d_mean, d_log_weight, key, value, key_mask, mean, shift, total, ctx.normalization
             )
         return d_key, d_value, None, None
 
@@ -147,8 +147,13 @@ def _pull_back(function: Callable, inputs: tuple, d_outputs: Any) -> tuple[Tenso
     return pull(d_outputs)
 
 
-def _differentiable(operator: Callable, function: type[torch.autograd.Function]) -> Callable:
+def _differentiable(
+    operator: Callable, function: type[torch.autograd.Function], plain: Callable
+) -> Callable:
     def dispatch(first: Tensor, second: Tensor, *args: Any) -> Any:
+        # Reached from compiled programs too: without this a tangent would be lost without a word.
+        if torch.autograd.forward_ad._current_level >= 0:
+            return plain(first, second, *args)
         if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
             return function.apply(first, second, *args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -157,30 +162,14 @@ def _differentiable(operator: Callable, function: type[torch.autograd.Function])
     return dispatch
 
 
-_LIBRARY.impl("summarize", _differentiable(summarize, _Summarize), "Autograd")
-_LIBRARY.impl("attend", _differentiable(attend, _Attend), "Autograd")
+def _plain_summarize(key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    mean, log_weight = reference.summarize(key, value, *args)
+    # Only the backward operator asks for these, which runs for plain tensors alone.
+    return mean, log_weight, torch.zeros_like(log_weight), torch.ones_like(log_weight)
 
 
-# Two operations for each multiply-add, as the other formulas of torch.utils.flop_counter count.
-@register_flop_formula(_ops.summarize)
-def _(key_shape, value_shape, *_, **__):
-    batch, heads, keys, key_channels = key_shape
-    return 2 * batch * heads * keys * key_channels * value_shape[-1]
+_LIBRARY.impl("summarize", _differentiable(summarize, _Summarize, _plain_summarize), "Autograd")
+_LIBRARY.impl("attend", _differentiable(attend, _Attend, reference.attend), "Autograd")
 
 
-@register_flop_formula(_ops.summarize_backward)
-def _(d_mean_shape, d_log_weight_shape, key_shape, *_, **__):
-    batch, heads, keys, key_channels = key_shape
-    return 4 * batch * heads * keys * key_channels * d_mean_shape[-1]
-
-
-@register_flop_formula(_ops.attend)
-def _(query_shape, mean_shape, *_, **__):
-    batch, heads, queries, key_channels = query_shape
-    return 2 * batch * heads * queries * key_channels * mean_shape[-1]
-
-
-@register_flop_formula(_ops.attend_backward)
-def _(d_output_shape, query_shape, mean_shape, *_, **__):
-    batch, heads, queries, key_channels = query_shape
-    return 4 * batch * heads * queries * key_channels * mean_shape[-1]
+register_when_counting()

@@ -148,12 +148,18 @@ def module_costs(
 def cheapest(costs: Mapping[str, Cost], among: Collection[str] | None = None) -> str:
     """The order with the fewest multiply-adds; of equals, the one with the fewest bytes.
 
+    The quadratic order keeps its N x M map and both softmaxes in memory, and is taken only where they fit the cache:
+    beyond, what it saves in arithmetic it loses in traffic, and memory would no longer be bounded.
+
     Example:
         >>> cheapest(operator_costs(queries=32, keys=32, key_channels=64, value_channels=64))
         'quadratic'
     """
-    candidates = [name for name in costs if among is None or name in among]
-    return min(candidates, key=lambda name: costs[name])
+
+    def rank(name: str) -> tuple[bool, Cost]:
+        return name == "quadratic" and costs[name].bytes > BLOCK_BYTES, costs[name]
+
+    return min((name for name in costs if among is None or name in among), key=rank)
 
 
 def crossover(key_channels: int, value_channels: int) -> float:

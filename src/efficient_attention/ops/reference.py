@@ -1,6 +1,6 @@
 """The oracle: the paper's equations in plain PyTorch, differentiable to any order and under any transform.
 
-It shares no code with the fast implementations that are tested against it. Arguments arrive checked and
+It shares no arithmetic with the fast implementations that are tested against it. Arguments arrive checked and
 defaulted by functional.py. Shapes: B batch, H heads, N queries, M keys, Dk key channels, Dv value channels.
 ``key_mask`` is bool, broadcastable to ``[B, H, M]``, True = attend.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .precision import accumulation_dtype, without_autocast
 
 
 def summarize(
@@ -96,12 +98,12 @@ def dot_product_attention(
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     # Explicit casts do not stop autocast from choosing low-precision products.
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         return a @ b.to(a.dtype)
 
 
 def _accumulable(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(accumulation_dtype(x.dtype))
 
 
 def _attended(x: Tensor, key_mask: Tensor | None) -> Tensor:
