@@ -120,11 +120,15 @@ def test_public_names_are_these():
         "NonLocal1d",
         "NonLocal2d",
         "NonLocal3d",
+        "Report",
         "attend",
         "attend_tiles",
         "dot_product_attention",
         "efficient_attention",
         "freeze",
+        "insert",
+        "remove",
+        "replace",
         "summarize",
     ]
     assert all(hasattr(efficient_attention, name) for name in efficient_attention.__all__)

@@ -13,6 +13,7 @@ from .modules import (
     freeze,
 )
 from .ops import Context, attend, dot_product_attention, efficient_attention, summarize
+from .surgery import Report, insert, remove, replace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,10 +26,14 @@ __all__ = [
     "NonLocal1d",
     "NonLocal2d",
     "NonLocal3d",
+    "Report",
     "attend",
     "attend_tiles",
     "dot_product_attention",
     "efficient_attention",
     "freeze",
+    "insert",
+    "remove",
+    "replace",
     "summarize",
 ]

@@ -1,0 +1,160 @@
+"""The command line, ``efficient-attention COMMAND``.
+
+Each command imports what it needs when it runs, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+from .demo.errors import InputError
+
+__all__ = ["main"]
+
+PROGRAM = "efficient-attention"
+USAGE_ERROR = 2
+# 128 + the signal, as shells have it.
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: of the command line, without the program; default: those of this process.
+
+    Returns:
+        The exit code: 0; 2 if what the user gave cannot be used, which one line on standard error
+        tells; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with the exit code, after help or if the command line itself is wrong.
+
+    Example:
+        >>> main(["demo", "no-such-photo.jpg"])
+        2
+    """
+    options = _build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (InputError, ImportError) as error:
+        print(f"{PROGRAM} {options.command}: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except BrokenPipeError:
+        # Who read our output has gone, as `head` does. Python would fail again when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM} {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from . import demo
+
+    demo.run(
+        options.image,
+        output=options.output,
+        pixel=options.pixel and tuple(options.pixel),
+        steps=options.steps,
+        seed=options.seed,
+        report=lambda line: print(line, flush=True),
+    )
+
+
+def _build_parser() -> _Parser:
+    from . import __version__
+
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Global attention at linear cost. Shen et al., WACV 2021, arXiv 1812.01243.",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_demo,):
+        add(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    parser = _add_command(
+        commands,
+        "demo",
+        _demo,
+        "let every pixel of a photo attend to every pixel; measure it, draw it",
+    )
+    parser.add_argument(
+        "image",
+        nargs="?",
+        metavar="IMAGE",
+        help="a photo; default: an astronaut, from scikit-image",
+    )
+    parser.add_argument(
+        "--output", default="out", metavar="DIR", help="folder for demo.png (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pixel",
+        nargs=2,
+        type=_integer(0),
+        metavar=("X", "Y"),
+        help="draw what this pixel attends to, counted from the top left (default: the middle)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=_integer(1),
+        default=400,
+        metavar="N",
+        help="steps of the fit (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=_integer(0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="of the fit (default: %(default)s)",
+    )
+
+
+def _add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+    parser.set_defaults(run=run, command=name)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without repeating the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}\n")
+
+
+def _integer(smallest: int, largest: int | None = None) -> Callable[[str], int]:
+    """An argument's type: a number in a range, or an error that says what was expected."""
+
+    def parse(text: str) -> int:
+        with suppress(ValueError):
+            number = int(text)
+            if smallest <= number and (largest is None or number <= largest):
+                return number
+        upwards = "" if largest is None else f" to {largest}"
+        raise argparse.ArgumentTypeError(
+            f"must be an integer from {smallest}{upwards}; got {text!r}"
+        )
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())
