@@ -23,8 +23,11 @@ def test_freeze_names_what_the_planner_picks():
 def test_freeze_changes_nothing_else():
     model = nn.Sequential(nn.BatchNorm2d(8), nn.Dropout(), ea.EfficientAttention2d(8)).train()
     model[1].eval()
+    seen = []
+    model[2].register_forward_hook(lambda _m, _i, output: seen.append(output.requires_grad))
     before = {name: x.clone() for name, x in model.state_dict().items()}
     ea.freeze(model, torch.randn(2, 8, 5, 5))
+    assert seen == [False]
     assert [m.training for m in model] == [True, False, True]
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 

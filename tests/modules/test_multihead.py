@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from efficient_attention import MultiheadEfficientAttention
 
@@ -344,3 +345,49 @@ def test_nested_tensors_are_refused_with_the_way_out():
         NotImplementedError, match="query must not be nested; pad it and pass key_padding_mask"
     ):
         build()(nested, nested, nested)
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("order", "per_head"), [("linear", (9 + 17) * 4 * 4), ("quadratic", 9 * 17 * 8)]
+)
+def test_the_named_order_is_the_one_that_runs(order, per_head):
+    module = build(order=order, add_bias_kv=True, add_zero_attn=True)
+    projections = 2 * (9 + 15 + 15 + 9) * 12 * 12
+    counted = flops(lambda: module(X, Y, Y, need_weights=False))
+    assert counted == 2 * (projections + 2 * 3 * per_head)
+
+
+def test_orders_are_planned_for_the_positions_that_there_are():
+    # Per head 4 and 4 channels: the quadratic order is cheaper for N = 3 up to 6 keys, appended ones included.
+    module = MultiheadEfficientAttention(12, 3, add_zero_attn=True)
+    query = torch.empty(3, 50, 12)
+    assert module.planned_order(query, torch.empty(4, 50, 12)) == "quadratic"
+    assert module.planned_order(query, torch.empty(6, 50, 12)) == "linear"
+    module.add_zero_attn = False
+    assert module.planned_order(query, torch.empty(5, 50, 12)) == "quadratic"
+    module.batch_first = True
+    assert module.planned_order(torch.empty(50, 3, 12), torch.empty(50, 5, 12)) == "quadratic"
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+def test_weights_times_values_are_the_output(normalization):
+    module = build(normalization=normalization)
+    output, weights = module(X, Y, Y, average_attn_weights=False)
+    _, _, value = module._project(X, Y, Y)
+    values = value.unflatten(-1, (3, 4)).transpose(1, 2)
+    expected = module.out_proj((weights @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(output, expected, **EXACT)
+
+
+def test_reset_parameters_initializes_everything_anew():
+    module = build(add_bias_kv=True)
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    module.reset_parameters()
+    for name, x in module.state_dict().items():
+        assert not torch.equal(x, before[name]) or name == "out_proj.bias", name

@@ -109,6 +109,14 @@ def test_zero_init_starts_as_the_identity_bit_for_bit(kind):
     assert not torch.equal(kind(6, 4, 8, num_heads=2, init="official")(x), x)
 
 
+@pytest.mark.parametrize("order", MODULE_ORDERS)
+def test_the_residual_is_the_input_or_nothing(order):
+    module, x = official(order=order), feature_map(2)
+    whole = module(x)
+    module.residual = False
+    torch.testing.assert_close(whole - x, module(x), **EXACT)
+
+
 @pytest.mark.parametrize("kind", EFFICIENT + NON_LOCAL)
 def test_dimensions_agree_on_a_flattened_map(kind):
     # The same positions, arranged in a line: attention does not see the arrangement.

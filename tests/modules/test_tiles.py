@@ -89,5 +89,7 @@ def test_errors_name_the_argument():
         next(ea.attend_tiles(module, []))
     with pytest.raises(ValueError, match="key_masks must be as many as tiles"):
         next(ea.attend_tiles(module, [tile, tile], key_masks=[None]))
+    with pytest.raises(ValueError, match="key_masks must be as many as tiles; got more"):
+        next(ea.attend_tiles(module, [tile], key_masks=[None, None]))
     with pytest.raises(TypeError, match=r"module must be an EfficientAttention.* got NonLocal2d"):
         ea.attend_tiles(ea.NonLocal2d(6), [tile])

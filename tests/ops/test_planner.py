@@ -42,6 +42,19 @@ def test_module_multiply_adds_match_hand_computed_numbers():
     assert per_position["quadratic"] == 256 * 128 * 2 + 256 * 256 * 2 + 65536 * (128 + 256)
 
 
+def test_module_bytes_match_hand_computed_numbers():
+    costs = module_costs(
+        queries=100, keys=50, in_channels=6, key_channels=4, value_channels=8, heads=2, itemsize=2
+    )
+    context = 4 * (8 // 2 + 1) * 4  # means of 4 value channels a head and one weight, in float32
+    folded = 4 * 6 * 4  # the context of inputs or of outputs, in float32
+    assert costs["linear"].bytes == 100 * (4 + 8) * 2 + context
+    assert costs["folded"].bytes == 100 * 4 * 2 + folded + context
+    # All projections, the map of each head, and both softmaxes in float32.
+    everything = (100 + 50) * (4 + 8) * 2
+    assert costs["quadratic"].bytes == everything + (2 * 100 * 50 + (100 + 50) * 4) * 4
+
+
 @pytest.mark.parametrize("order", ["linear", "folded_values", "folded_output", "folded"])
 @pytest.mark.parametrize("channels", [(16, 8, 16, 1), (16, 8, 24, 4), (8, 8, 4, 2)])
 def test_module_multiply_adds_are_those_that_run(order, channels):
