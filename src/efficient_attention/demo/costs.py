@@ -60,11 +60,11 @@ class Cost(NamedTuple):
 def measure(name: str, positions: int, function: Callable[[], object]) -> Cost:
     """The memory of one run of ``function``, and the time of its fastest.
 
-    It runs for a second, and twice at least: other work on the machine only makes it slower.
+    It runs for a second, three times at least: other work on the machine only makes it slower.
     """
     memory = peak_bytes(function)
     seconds: list[float] = []
-    while len(seconds) < 2 or sum(seconds) < ENOUGH_SECONDS:
+    while len(seconds) < 3 or sum(seconds) < ENOUGH_SECONDS:
         start = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - start)
