@@ -190,3 +190,21 @@ def test_kept_contexts_are_made_and_used_in_the_cheapest_order():
     linear = flops(lambda: module.summarize(tokens)), flops(lambda: module.attend(tokens, memory))
     assert auto[0] < 0.75 * linear[0]
     assert auto[1] < 0.75 * linear[1]
+
+
+@pytest.mark.parametrize("order", ["auto", "linear", "folded"])
+def test_a_context_of_another_module_is_refused(order):
+    module = build(order=order)
+    other = ea.EfficientAttention(
+        12, 4, key_channels=8, value_channels=8, context_dim=10, dtype=torch.float64
+    )
+    message = r"context\.mean must have shape .* = \(2, 2, 4, 3\), .* got \(2, 4, 2, 2\)"
+    with pytest.raises(ValueError, match=message):
+        module(TOKENS, other.summarize(OTHERS))
+
+
+def test_an_order_that_is_assigned_is_checked():
+    module = build()
+    module.order = "fold"
+    with pytest.raises(ValueError, match=r"order must be one of 'auto', .* got 'fold'"):
+        module(TOKENS, OTHERS)

@@ -170,8 +170,9 @@ def test_float_masks_mean_the_same_as_bool_masks():
 
 
 @pytest.mark.parametrize("normalization", ["softmax", "scaling"])
-def test_a_float_mask_says_how_many_times_a_key_counts(normalization):
-    module = build(normalization=normalization)
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}])
+def test_a_float_mask_says_how_many_times_a_key_counts(normalization, options):
+    module = build(normalization=normalization, **options)
     # A weight of two is the same key twice.
     logit = torch.zeros(2, 15).double()
     logit[:, 4] = math.log(2.0)

@@ -17,7 +17,7 @@ SIZES = [(2, 3, 37, 53, 8, 5), (3, 1, 16, 16, 1, 1), (1, 2, 1, 129, 3, 70), (2, 
 
 
 def layouts(x):
-    """The same ``[B, H, N, D]`` tensor: contiguous, token-major, channel-major, sliced, expanded over the batch."""
+    """The same ``[B, H, N, D]`` tensor: contiguous, token-major, channel-major, strided."""
     yield "contiguous", x.contiguous()
     yield "token-major", x.transpose(1, 2).contiguous().transpose(1, 2)
     yield "channel-major", x.mT.contiguous().mT

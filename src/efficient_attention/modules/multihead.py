@@ -167,9 +167,10 @@ class MultiheadEfficientAttention(nn.Module):
 
         q, k, v = self._project(query, key, value)  # [B, N, E], [B, M, E], [B, M, E]
         mask, log_weight = self._split_mask(key_padding_mask, k.dtype)
-        if mask is not None and log_weight is not None:
-            k = self._weigh(k, mask, log_weight)
         k, v, mask = self._append(k, v, mask)
+        if mask is not None and log_weight is not None:
+            appended = k.shape[1] - log_weight.shape[1]  # each counts once
+            k = self._weigh(k, mask, F.pad(log_weight, (0, appended)))
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         output = efficient_attention(
             q, k, v, key_mask=mask, normalization=self.normalization, order=self.order

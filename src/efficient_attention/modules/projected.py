@@ -167,6 +167,14 @@ class EfficientModule(ProjectedAttention):
         self._features.check("x", x, self.in_channels)
         if not isinstance(context, Context):
             raise TypeError(f"context must be a Context; got {type(context).__name__}")
+        heads = self.num_heads
+        shape = (x.shape[0], heads, self.key_channels // heads, self.value_channels // heads)
+        # Checked here, because a folded context forgets how many heads it came from.
+        if tuple(context.mean.shape) != shape:
+            raise ValueError(
+                f"context.mean must have shape [B, h, dk / h, dv / h] = {shape}, as this module's summarize gives; "
+                f"got {tuple(context.mean.shape)}"
+            )
         positions = self._features.count(x)
         folds = self._resolve(positions, positions) in ("folded", "folded_output")
         return self._attend(x, context, folds)
@@ -210,6 +218,7 @@ class EfficientModule(ProjectedAttention):
 
     def _resolve(self, queries: int, keys: int) -> str:
         """The order of a call: the one that was named, or the cheapest that nobody would notice."""
+        check_option("order", self.order, ("auto", *MODULE_ORDERS))
         obstacles = self._folding_obstacles()
         if self.order != "auto":
             reason = obstacles.get(self.order)

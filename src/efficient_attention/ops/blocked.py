@@ -2,7 +2,8 @@
 
 Nothing of the size of the inputs is allocated except what is returned. Every operator walks over blocks of
 positions; sums over blocks are taken pairwise, so that their rounding grows with the logarithm of the length.
-The length of a block does not depend on the batch: what one sample gets never depends on its batch mates.
+The length of a block does not depend on the batch: a sample gets the same blocks whatever its batch mates are. (A
+library of products may still round a few short ones differently in another batch.)
 
 Shapes: B batch (b of it at a time), H heads, N queries, M keys, n positions of a block, Dk key channels, Dv value
 channels. ``key_mask`` is bool ``[B or 1, H or 1, M]``. Gradients, with P = rho_k(K) and A = rho_q(Q)::
