@@ -39,6 +39,7 @@ OPS = {
 }
 # Beside the standard library and torch: who may import what.
 THIRD_PARTY = {
+    "models": {"huggingface_hub", "safetensors", "torchvision"},
     "demo": {"PIL", "numpy", "skimage"},
     "visualize": {"PIL", "matplotlib", "numpy"},
 }
@@ -127,6 +128,7 @@ def test_public_names_are_these():
         "efficient_attention",
         "freeze",
         "insert",
+        "masked",
         "remove",
         "replace",
         "summarize",

@@ -11,6 +11,7 @@ from .modules import (
     NonLocal3d,
     attend_tiles,
     freeze,
+    masked,
 )
 from .ops import Context, attend, dot_product_attention, efficient_attention, summarize
 from .surgery import Report, insert, remove, replace
@@ -33,6 +34,7 @@ __all__ = [
     "efficient_attention",
     "freeze",
     "insert",
+    "masked",
     "remove",
     "replace",
     "summarize",

@@ -2,6 +2,7 @@
 
 from .attention import EfficientAttention
 from .freezing import freeze
+from .masking import masked
 from .multihead import MultiheadEfficientAttention
 from .spatial import (
     EfficientAttention1d,
@@ -24,4 +25,5 @@ __all__ = [
     "NonLocal3d",
     "attend_tiles",
     "freeze",
+    "masked",
 ]

@@ -103,6 +103,45 @@ class FeatureMaps:
 Features = Tokens | FeatureMaps
 
 
+def coarsen(mask: Tensor, size: tuple[int, ...]) -> Tensor:
+    """A mask at another resolution: a position is True if any pixel that it stands for is.
+
+    Strides are taken to be powers of two where these give ``size``, as in most networks: a map of stride s has
+    ``ceil(extent / s)`` positions, also for the part of it that one picture of a batch takes.
+
+    Args:
+        mask: bool ``[B, *spatial]`` of 1 to 3 dimensions.
+        size: the extents wanted.
+
+    Returns:
+        bool ``[B, *size]``.
+
+    Example:
+        >>> coarsen(torch.tensor([[True, True, True, False, False, False]]), (3,))
+        tensor([[ True,  True, False]])
+
+    Not part of the paper.
+    """
+    extents = tuple(mask.shape[1:])
+    if extents == tuple(size):
+        return mask
+    pixels = mask.unsqueeze(1).float()
+    strides = [_stride(extent, wanted) for extent, wanted in zip(extents, size, strict=True)]
+    if all(strides):
+        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(size) - 1]
+        return pool(pixels, strides, strides, ceil_mode=True).squeeze(1) > 0
+    adaptive = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
+    return adaptive[len(size) - 1](pixels, size).squeeze(1) > 0
+
+
+def _stride(extent: int, wanted: int) -> int | None:
+    """A stride that makes ``wanted`` positions of ``extent`` pixels."""
+    candidates = [1 << power for power in range(16)]
+    if wanted:
+        candidates.append(-(-extent // wanted))
+    return next((stride for stride in candidates if -(-extent // stride) == wanted), None)
+
+
 def _checked_mask(mask: Tensor, letters: str, shape: Sequence[int]) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops import Context, attend, dot_product_attention, efficient_attention, summarize
 from ..ops.functional import NORMALIZATIONS
 from ..ops.planner import MODULE_ORDERS, Cost, cheapest, module_costs
-from .features import Features, Projection
+from .features import Features, Projection, coarsen
 from .folding import fold_output, fold_values, obstacle
 
 INITIALIZATIONS = ("zero", "official")
@@ -32,6 +32,9 @@ class ProjectedAttention(nn.Module):
     queries: Projection
     values: Projection
     reprojection: Projection
+
+    #: See :func:`masked`.
+    shared_mask: Tensor | None = None
 
     def __init__(
         self,
@@ -102,6 +105,8 @@ class ProjectedAttention(nn.Module):
         return x + y if self.residual else y
 
     def _key_mask(self, key_mask: Tensor | None, source: Tensor) -> Tensor | None:
+        if key_mask is None and self.shared_mask is not None:
+            key_mask = coarsen(self.shared_mask, source.shape[2:])
         return None if key_mask is None else self._features.key_mask(key_mask, like=source)
 
     def extra_repr(self) -> str:

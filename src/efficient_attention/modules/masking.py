@@ -1,0 +1,70 @@
+"""One mask for all attention in a network, at whatever resolution each works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .features import FeatureMaps
+from .projected import ProjectedAttention
+
+__all__ = ["masked"]
+
+
+@contextmanager
+def masked(model: nn.Module, key_mask: Tensor | None) -> Iterator[None]:
+    """Inside this context, no attention over feature maps in a model attends to masked positions of its input.
+
+    A batch of pictures of several sizes is padded to the largest; without a mask, what attends to all positions attends
+    to padding, and a picture's result depends on its batch mates. A network passes no mask along; this does. A mask
+    that is given to a module itself goes first.
+
+    Args:
+        model: any module with :class:`EfficientAttention2d`, :class:`NonLocal2d` or their 1-D and 3-D kin inside,
+            however it came there.
+        key_mask: bool ``[B, *spatial]``, True = attend, at the resolution of the model's input. Attention of the same
+            number of dimensions takes it at its own resolution: a position counts if any pixel that it stands for does.
+            None: no mask.
+
+    Raises:
+        TypeError: ``key_mask`` is not a bool tensor.
+        ValueError: there is no attention of its number of dimensions in the model.
+
+    Example:
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 2, stride=2), EfficientAttention2d(8))
+        >>> pictures = torch.randn(2, 3, 64, 64)
+        >>> inside = torch.ones(2, 64, 64, dtype=torch.bool)
+        >>> inside[1, 40:] = False
+        >>> with masked(network, inside):
+        ...     y = network(pictures)
+
+    Not part of the paper, which does not treat padding.
+    """
+    if key_mask is None:
+        yield
+        return
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+        got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
+        raise TypeError(f"key_mask must be a bool tensor [B, *spatial]; got {got}")
+    features = FeatureMaps(key_mask.dim() - 1)
+    concerned = [
+        module
+        for module in model.modules()
+        if isinstance(module, ProjectedAttention) and module._features == features
+    ]
+    if not concerned:
+        raise ValueError(
+            f"key_mask must have the dimensions of attention in the model; got {tuple(key_mask.shape)}, and there is "
+            f"none on [B, C, ...] of {features.dimensions}"
+        )
+    before = [module.shared_mask for module in concerned]
+    try:
+        for module in concerned:
+            module.shared_mask = key_mask
+        yield
+    finally:
+        for module, mask in zip(concerned, before, strict=True):
+            module.shared_mask = mask
