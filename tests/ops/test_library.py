@@ -1,5 +1,6 @@
 """The operators under PyTorch's machinery: differentiation of every kind, transforms, compiler, autocast, counters."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import efficient_attention as efficient_attention_package
 from efficient_attention import attend, efficient_attention, summarize
+from efficient_attention.memory import peak_bytes
 from efficient_attention.ops import library
 from efficient_attention.testing import make_inputs
 
@@ -149,12 +151,13 @@ def test_operators_pass_opcheck(normalization, masked):
     log_weight = torch.randn(2, 3, 8, dtype=torch.float64)
     mean = mean.detach()
     total = torch.rand_like(log_weight)
-    torch.library.opcheck(
-        library.summarize_backward,
-        (mean, log_weight, k, v, mask, mean, log_weight, total, normalization),
-    )
     d_output = torch.randn(2, 3, 37, 5, dtype=torch.float64)
-    torch.library.opcheck(library.attend_backward, (d_output, q, mean, normalization, 1))
+    for needs in ([True, True], [True, False], [False, True]):
+        torch.library.opcheck(
+            library.summarize_backward,
+            (mean, log_weight, k, v, mask, mean, log_weight, total, normalization, needs),
+        )
+        torch.library.opcheck(library.attend_backward, (d_output, q, mean, normalization, 1, needs))
 
 
 def test_compiles_whole_and_once_for_ten_lengths():
@@ -177,6 +180,8 @@ def test_compiles_whole_and_once_for_ten_lengths():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on the CPU")
+# Cached programs call the operators as they once were.
+@torch.compiler.config.patch(force_disable_caches=True)
 def test_compiles_with_inductor():
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(False)
@@ -243,6 +248,43 @@ def test_flop_counter_counts_multiply_adds_twice():
     with FlopCounterMode(display=False) as backward:
         output.sum().backward()
     assert backward.get_total_flops() == 2 * 43_200
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+@pytest.mark.parametrize("asked", list(itertools.product([False, True], repeat=3))[1:])
+def test_only_gradients_that_were_asked_for_are_computed(asked, normalization, short_blocks):
+    inputs = make_inputs(2, 3, 37, 53, 8, 5)
+    leaves = [x.clone().requires_grad_(needs) for x, needs in zip(inputs, asked, strict=True)]
+    variables = [x for x in leaves if x.requires_grad]
+    expected_leaves = [x.clone().requires_grad_() for x in inputs]
+    options = {"normalization": normalization, "order": "linear"}
+    expected = torch.autograd.grad(
+        efficient_attention(*expected_leaves, **options, backend="reference").sin().sum(),
+        expected_leaves,
+    )
+    expected = [x for x, needs in zip(expected, asked, strict=True) if needs]
+
+    objective = efficient_attention(*leaves, **options).sin().sum()
+    with FlopCounterMode(display=False) as counter:
+        got = torch.autograd.grad(objective, variables, retain_graph=True)
+    torch.testing.assert_close(list(got), expected, rtol=0, atol=1e-12)
+    # One product each for the query, the context and whichever of key and value; 2 * B 2 * H 3 * Dk 8 * Dv 5 flops.
+    query, key, value = asked
+    positions = 37 * query + 37 * (key or value) + 53 * key + 53 * value
+    assert counter.get_total_flops() == 480 * positions
+    # The other way to the same gradients, when they will be differentiated themselves.
+    got = torch.autograd.grad(objective, variables, create_graph=True)
+    torch.testing.assert_close(list(got), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("asked", range(3))
+def test_gradients_that_nobody_asked_for_take_no_memory(asked):
+    inputs = [torch.randn(1, 8, 16_384, 64) for _ in range(3)]
+    inputs[asked].requires_grad_()
+    output = efficient_attention(*inputs)
+    slope = torch.randn_like(output)
+    peak = peak_bytes(lambda: torch.autograd.grad(output, inputs[asked], slope))
+    assert peak <= slope.nbytes + 8_000_000
 
 
 @pytest.mark.parametrize("counter_first", [True, False])

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .layout import empty_output, is_channel_major
+from .layout import empty_gradient, empty_output, is_channel_major
 from .planner import block_length, rows_per_block
 from .precision import accumulation_dtype
 
@@ -105,9 +105,10 @@ def summarize_backward(
     shift: Tensor,
     total: Tensor,
     normalization: str,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of mean and log_weight with respect to key and value, in their dtypes and layouts."""
-    d_key, d_value = torch.empty_like(key), torch.empty_like(value)
+    d_key, d_value = empty_gradient(key, needs[0]), empty_gradient(value, needs[1])
     softmax = normalization == "softmax"
     # Dividing d_mean by the total, of the size of a context, spares dividing every weight.
     total = _divisor(total, key_mask)
@@ -120,17 +121,16 @@ def summarize_backward(
     for rows, blocks in _walk(key, value.shape[-1]):
         k, v, mask = key[rows], value[rows], _mask_rows(key_mask, rows)
         for n in blocks:
+            weights = _load(k, mask, n, -torch.inf if softmax else 0)
             if softmax:
-                weights = _load(k, mask, n, -torch.inf) - shift[rows].unsqueeze(-2)
-                weights.exp_()
-            else:
-                weights = _load(k, mask, n)
-            # Written before d_key so that only three blocks are alive at a time.
-            d_value[rows, :, n] = weights @ d_mean[rows]
-            slope = _load(v, mask, n) @ d_mean[rows].mT  # [b, H, n, Dk]
-            if softmax:
-                slope.sub_(correction[rows]).mul_(weights)
-            d_key[rows, :, n] = slope
+                weights = (weights - shift[rows].unsqueeze(-2)).exp_()
+            if needs[1]:  # before d_key, so that only three blocks are alive at a time
+                d_value[rows, :, n] = weights @ d_mean[rows]
+            if needs[0]:
+                slope = _load(v, mask, n) @ d_mean[rows].mT  # [b, H, n, Dk]
+                if softmax:
+                    slope.sub_(correction[rows]).mul_(weights)
+                d_key[rows, :, n] = slope
     return d_key, d_value
 
 
@@ -146,11 +146,15 @@ def attend(query: Tensor, mean: Tensor, normalization: str, num_groups: int) -> 
 
 
 def attend_backward(
-    d_output: Tensor, query: Tensor, mean: Tensor, normalization: str, num_groups: int
+    d_output: Tensor,
+    query: Tensor,
+    mean: Tensor,
+    normalization: str,
+    num_groups: int,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`attend` with respect to query (its dtype and layout) and the context's mean."""
-    d_query = torch.empty_like(query)
-    d_mean = torch.zeros_like(mean)
+    d_query, d_mean = empty_gradient(query, needs[0]), empty_gradient(mean, needs[1]).zero_()
     for rows, blocks in _walk(query, mean.shape[-1]):
         d_mean[rows] = _pull_back_rows(
             d_output[rows],
@@ -159,6 +163,7 @@ def attend_backward(
             d_query[rows],
             normalization,
             num_groups,
+            needs,
             blocks,
         )
     return d_query, d_mean
@@ -171,19 +176,21 @@ def _pull_back_rows(
     d_query: Tensor,
     normalization: str,
     num_groups: int,
+    needs: Sequence[bool],
     blocks: Blocks,
 ) -> Tensor:
-    """Fills ``d_query`` block by block; returns the sum over blocks of ``A^T d_out``."""
+    """Fills ``d_query`` block by block; returns the sum over blocks of ``A^T d_out``, each empty if not needed."""
     channel_major = is_channel_major(query)
 
     def pull_back(n: slice) -> Tensor:
         weights = _normalized_queries(query[:, :, n], normalization, num_groups)
         d_out = d_output[:, :, n].to(mean.dtype)
-        slope = _product(d_out, mean.mT, channel_major)  # [b, H, n, Dk]
-        if normalization == "softmax":
-            _pull_back_softmax_(slope, weights, num_groups)
-        d_query[:, :, n] = slope
-        return weights.mT @ d_out
+        if needs[0]:
+            slope = _product(d_out, mean.mT, channel_major)  # [b, H, n, Dk]
+            if normalization == "softmax":
+                _pull_back_softmax_(slope, weights, num_groups)
+            d_query[:, :, n] = slope
+        return weights.mT @ d_out if needs[1] else mean.new_empty(0)
 
     return _fold(torch.Tensor.add_, pull_back, blocks)
 

@@ -23,9 +23,10 @@ def summarize_flops(key_shape, value_shape, *_, **__):
     return 2 * batch * heads * keys * key_channels * value_shape[-1]
 
 
-def summarize_backward_flops(d_mean_shape, d_log_weight_shape, key_shape, *_, **__):
+def summarize_backward_flops(d_mean_shape, d_log_weight_shape, key_shape, *others, **__):
     batch, heads, keys, key_channels = key_shape
-    return 4 * batch * heads * keys * key_channels * d_mean_shape[-1]
+    needs = others[-1]
+    return 2 * sum(needs) * batch * heads * keys * key_channels * d_mean_shape[-1]
 
 
 def attend_flops(query_shape, mean_shape, *_, **__):
@@ -33,8 +34,9 @@ def attend_flops(query_shape, mean_shape, *_, **__):
     return 2 * batch * heads * queries * key_channels * mean_shape[-1]
 
 
-def attend_backward_flops(d_output_shape, query_shape, mean_shape, *_, **__):
-    return 2 * attend_flops(query_shape, mean_shape)
+def attend_backward_flops(d_output_shape, query_shape, mean_shape, *others, **__):
+    needs = others[-1]
+    return sum(needs) * attend_flops(query_shape, mean_shape)
 
 
 def _register(counter: ModuleType) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -18,3 +19,8 @@ def empty_output(query: Tensor, value_channels: int) -> Tensor:
     if heads > 1 and query.stride(1) < query.stride(2):  # [B, N, H * Dk] split into heads
         return query.new_empty(batch, queries, heads, value_channels).transpose(1, 2)
     return query.new_empty(batch, heads, queries, value_channels)
+
+
+def empty_gradient(x: Tensor, needed: bool) -> Tensor:
+    """Memory for the gradient of ``x``, laid out as ``x``; none if nobody asked for it."""
+    return torch.empty_like(x) if needed else x.new_empty(0)

@@ -1,13 +1,14 @@
 """The private operators: schemas, shapes and gradients, for PyTorch's dispatcher, compiler and exporters.
 
 ``torch.ops.efficient_attention.{summarize, attend}`` and their backwards are the seam between the public functions
-and the implementations; the dispatcher picks one by device. Arguments arrive checked by functional.py.
+and the implementations; the dispatcher picks one by device. Arguments arrive checked by functional.py. ``needs`` says
+which of its two gradients a backward is asked for; the other is neither computed nor allocated, but empty.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import blocked, reference
 from .flops import register_when_counting
-from .layout import empty_output
+from .layout import empty_gradient, empty_output
 from .precision import accumulation_dtype, without_autocast
 
 _LIBRARY = torch.library.Library("efficient_attention", "DEF")
@@ -23,10 +24,10 @@ _SCHEMAS = {
     "summarize": "(Tensor key, Tensor value, Tensor? key_mask, str normalization) "
     "-> (Tensor mean, Tensor log_weight, Tensor shift, Tensor total)",
     "summarize_backward": "(Tensor d_mean, Tensor? d_log_weight, Tensor key, Tensor value, Tensor? key_mask, "
-    "Tensor mean, Tensor shift, Tensor total, str normalization) -> (Tensor d_key, Tensor d_value)",
+    "Tensor mean, Tensor shift, Tensor total, str normalization, bool[2] needs) -> (Tensor d_key, Tensor d_value)",
     "attend": "(Tensor query, Tensor mean, str normalization, int num_groups) -> Tensor output",
-    "attend_backward": "(Tensor d_output, Tensor query, Tensor mean, str normalization, int num_groups) "
-    "-> (Tensor d_query, Tensor d_mean)",
+    "attend_backward": "(Tensor d_output, Tensor query, Tensor mean, str normalization, int num_groups, "
+    "bool[2] needs) -> (Tensor d_query, Tensor d_mean)",
 }
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -78,8 +79,8 @@ def _(key, value, key_mask, normalization):
 
 
 @torch.library.register_fake("efficient_attention::summarize_backward", lib=_LIBRARY)
-def _(d_mean, d_log_weight, key, value, key_mask, mean, shift, total, normalization):
-    return torch.empty_like(key), torch.empty_like(value)
+def _(d_mean, d_log_weight, key, value, key_mask, mean, shift, total, normalization, needs):
+    return empty_gradient(key, needs[0]), empty_gradient(value, needs[1])
 
 
 @torch.library.register_fake("efficient_attention::attend", lib=_LIBRARY)
@@ -88,8 +89,8 @@ def _(query, mean, normalization, num_groups):
 
 
 @torch.library.register_fake("efficient_attention::attend_backward", lib=_LIBRARY)
-def _(d_output, query, mean, normalization, num_groups):
-    return torch.empty_like(query), torch.empty_like(mean)
+def _(d_output, query, mean, normalization, num_groups, needs):
+    return empty_gradient(query, needs[0]), empty_gradient(mean, needs[1])
 
 
 class _Summarize(torch.autograd.Function):
@@ -107,18 +108,21 @@ class _Summarize(torch.autograd.Function):
     def backward(ctx, d_mean, d_log_weight, *_):
         key, value, key_mask, mean, shift, total = ctx.saved_tensors
         d_mean = torch.zeros_like(mean) if d_mean is None else d_mean
+        needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
             d_log_weight = torch.zeros_like(total) if d_log_weight is None else d_log_weight
-            d_key, d_value = _pull_back(
+            gradients = _pull_back(
                 lambda k, v: reference.summarize(k, v, key_mask, ctx.normalization),
                 (key, value),
                 (d_mean, d_log_weight),
+                needs,
             )
         else:
-            d_key, d_value = summarize_backward(
-                d_mean, d_log_weight, key, value, key_mask, mean, shift, total, ctx.normalization
+            weights = (key_mask, mean, shift, total, ctx.normalization)
+            gradients = _needed(
+                summarize_backward(d_mean, d_log_weight, key, value, *weights, needs), needs
             )
-        return d_key, d_value, None, None
+        return *gradients, None, None
 
 
 class _Attend(torch.autograd.Function):
@@ -133,18 +137,32 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_output):
         query, mean = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            d_query, d_mean = _pull_back(
-                lambda q, c: reference.attend(q, c, *ctx.options), (query, mean), d_output
+            gradients = _pull_back(
+                lambda q, c: reference.attend(q, c, *ctx.options), (query, mean), d_output, needs
             )
         else:
-            d_query, d_mean = attend_backward(d_output, query, mean, *ctx.options)
-        return d_query, d_mean, None, None
+            gradients = _needed(attend_backward(d_output, query, mean, *ctx.options, needs), needs)
+        return *gradients, None, None
 
 
-def _pull_back(function: Callable, inputs: tuple, d_outputs: Any) -> tuple[Tensor, ...]:
-    pull = torch.func.vjp(function, *inputs)[1]
-    return pull(d_outputs)
+def _pull_back(
+    function: Callable, inputs: tuple[Tensor, ...], d_outputs: Any, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``function(*inputs)`` with respect to the inputs that need one."""
+
+    def of_variables(*variables: Tensor) -> Any:
+        given = iter(variables)
+        return function(*(next(given) if n else x for x, n in zip(inputs, needs, strict=True)))
+
+    variables = [x for x, n in zip(inputs, needs, strict=True) if n]
+    found = iter(torch.func.vjp(of_variables, *variables)[1](d_outputs))
+    return tuple(next(found) if n else None for n in needs)
+
+
+def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(x if n else None for x, n in zip(gradients, needs, strict=True))
 
 
 def _differentiable(
