@@ -287,22 +287,29 @@ def test_gradients_that_nobody_asked_for_take_no_memory(asked):
     assert peak <= slope.nbytes + 8_000_000
 
 
-@pytest.mark.parametrize("counter_first", [True, False])
-def test_formulas_are_there_whoever_is_imported_first(counter_first):
-    imports = [
-        "import efficient_attention as ea",
-        "from torch.utils.flop_counter import FlopCounterMode",
-    ]
-    code = [
-        "import torch",
-        *(reversed(imports) if counter_first else imports),
-        "q = torch.randn(1, 1, 10, 2)",
-        "with FlopCounterMode(display=False) as counter:",
-        "    ea.efficient_attention(q, q, q, order='linear')",
-        "assert counter.get_total_flops() == 160",
-    ]
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import torch.utils.flop_counter, efficient_attention",
+        # Looked for before it is loaded, as lazy importers do; and loaded again.
+        "import efficient_attention, importlib.util\n"
+        "assert importlib.util.find_spec('torch.utils.flop_counter').loader\n"
+        "import torch.utils.flop_counter\n"
+        "importlib.reload(torch.utils.flop_counter)",
+    ],
+    ids=["counter first", "package first"],
+)
+def test_formulas_are_there_however_the_counter_is_imported(imports):
+    code = f"""
+import torch
+{imports}
+q = torch.randn(1, 1, 10, 2)
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    efficient_attention.efficient_attention(q, q, q, order="linear")
+assert counter.get_total_flops() == 160, counter.get_total_flops()
+"""
     path = {"PYTHONPATH": efficient_attention_package.__path__[0] + "/.."}
-    subprocess.run([sys.executable, "-c", "\n".join(code)], check=True, env=path)
+    subprocess.run([sys.executable, "-c", code], check=True, env=path)
 
 
 def test_a_named_backend_does_not_fall_back_silently():

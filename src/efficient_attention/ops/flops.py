@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -48,15 +47,16 @@ def _register(counter: ModuleType) -> None:
 
 
 class _RegisterOnImport(importlib.abc.MetaPathFinder):
-    """Sees the import of the counter, once, and has its loader register the formulas afterwards."""
+    """Has whoever loads the counter register the formulas afterwards, however often it is looked for or loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
@@ -69,8 +69,7 @@ class _RegisterOnImport(importlib.abc.MetaPathFinder):
 
 
 def register_when_counting() -> None:
-    """Register the formulas now if the counter is loaded, or else as soon as it is."""
+    """Register the formulas now if the counter is loaded, and whenever it will be."""
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER])
-    else:
-        sys.meta_path.insert(0, _RegisterOnImport())
+    sys.meta_path.insert(0, _RegisterOnImport())
