@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.layout import is_channel_major
-
 Projection = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -78,10 +76,11 @@ class FeatureMaps:
         return x.flatten(2).unflatten(1, (heads, -1)).mT  # [B, h, n, C / h]
 
     def join(self, heads: Tensor, like: Tensor) -> Tensor:
-        if is_channel_major(self.split(like, 1)):
-            joined = heads.mT.flatten(1, 2)  # [B, C, n]
+        channels_last = like.stride(1) < like.stride(-1)
+        if channels_last:
+            joined = heads.transpose(1, 2).flatten(2).mT  # [B, C, n]
         else:
-            joined = heads.transpose(1, 2).flatten(2).mT  # [B, C, n], channels last in memory
+            joined = heads.mT.flatten(1, 2)  # [B, C, n]
         return joined.unflatten(2, like.shape[2:])  # [B, C, *spatial]
 
     def key_mask(self, mask: Tensor, like: Tensor) -> Tensor:
