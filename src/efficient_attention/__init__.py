@@ -1,5 +1,6 @@
 """Efficient attention: global attention at linear cost. Shen et al., WACV 2021, arXiv 1812.01243."""
 
+from .models import create_model, list_models, load_checkpoint
 from .modules import (
     EfficientAttention,
     EfficientAttention1d,
@@ -30,10 +31,13 @@ __all__ = [
     "Report",
     "attend",
     "attend_tiles",
+    "create_model",
     "dot_product_attention",
     "efficient_attention",
     "freeze",
     "insert",
+    "list_models",
+    "load_checkpoint",
     "masked",
     "remove",
     "replace",

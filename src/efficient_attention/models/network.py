@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self
 
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors.torch import save_file
@@ -43,11 +44,12 @@ class Place(NamedTuple):
 
 class Network(
     ModelHubMixin,
+    nn.Module,
     library_name="efficient-attention",
     tags=["efficient-attention"],
     paper_url="https://arxiv.org/abs/1812.01243",
 ):
-    """Base of the networks here, beside ``nn.Module``; :func:`create_model` builds them and notes how.
+    """Base of the networks here; :func:`create_model` builds them and notes how.
 
     ``save_pretrained(folder)`` writes ``model.safetensors``, ``config.json`` and a model card;
     ``from_pretrained(folder_or_repository)`` builds the network of the configuration and loads its weights;
@@ -107,12 +109,12 @@ class Network(
         return url
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        network = cast(nn.Module, self)
-        weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, save_directory / _WEIGHTS, metadata={"format": "pt"})
 
+    # Without the **model_kwargs of the mixin: a misspelt option is an error.
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -141,18 +143,17 @@ class Network(
             TypeError: it is a network of another class; ``Network.from_pretrained`` takes all.
         """
         origin = str(pretrained_model_name_or_path)
-        download = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-            "token": token,
-        }
-        local = Path(origin).is_dir()
-        config, weights = (
-            Path(origin, name) if local else Path(hf_hub_download(origin, name, **download))
-            for name in (_CONFIGURATION, _WEIGHTS)
+        download = partial(
+            hf_hub_download,
+            origin,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
         )
+        find = partial(Path, origin) if Path(origin).is_dir() else download
+        config, weights = Path(find(_CONFIGURATION)), Path(find(_WEIGHTS))
         if not config.is_file():
             raise FileNotFoundError(f"{origin} must hold {_CONFIGURATION} and {_WEIGHTS}")
         network = create_model(**json.loads(config.read_text()))

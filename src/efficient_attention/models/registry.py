@@ -15,18 +15,19 @@ from ..surgery import insert
 
 __all__ = ["create_model", "list_models"]
 
-_BUILDERS = {
-    "mask_rcnn_resnet50_fpn": "mask_rcnn:mask_rcnn_resnet50_fpn",
-    "mask_rcnn_resnet50_fpn_v2": "mask_rcnn:mask_rcnn_resnet50_fpn_v2",
-    "mask_rcnn_resnet101_fpn": "mask_rcnn:mask_rcnn_resnet101_fpn",
-    "mask_rcnn_resnext101_32x8d_fpn": "mask_rcnn:mask_rcnn_resnext101_32x8d_fpn",
-    "mask_rcnn_small": "mask_rcnn:mask_rcnn_small",
-    "psmnet": "psmnet:psmnet",
-    "psmnet_basic": "psmnet:psmnet_basic",
-    "psmnet_small": "psmnet:psmnet_small",
-    "resnet50": "resnet:resnet50",
-    "resnet101": "resnet:resnet101",
-    "resnet_small": "resnet:resnet_small",
+# name: module, function, and the options that make the name.
+_BUILDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mask_rcnn_resnet50_fpn": ("mask_rcnn", "mask_rcnn", {"body": "resnet50"}),
+    "mask_rcnn_resnet50_fpn_v2": ("mask_rcnn", "mask_rcnn", {"body": "resnet50", "heads": "v2"}),
+    "mask_rcnn_resnet101_fpn": ("mask_rcnn", "mask_rcnn", {"body": "resnet101"}),
+    "mask_rcnn_resnext101_32x8d_fpn": ("mask_rcnn", "mask_rcnn", {"body": "resnext101_32x8d"}),
+    "mask_rcnn_small": ("mask_rcnn", "mask_rcnn", {"body": "resnet10", "heads": "thin"}),
+    "psmnet": ("psmnet", "psmnet", {}),
+    "psmnet_basic": ("psmnet", "psmnet_basic", {}),
+    "psmnet_small": ("psmnet", "psmnet_small", {}),
+    "resnet50": ("resnet", "resnet", {"body": "resnet50"}),
+    "resnet101": ("resnet", "resnet", {"body": "resnet101"}),
+    "resnet_small": ("resnet", "resnet", {"body": "resnet10"}),
 }
 _ATTENTION = ("efficient", "non_local", "none")
 
@@ -67,14 +68,14 @@ def create_model(
 
     Paper: Shen et al. 2021, Sec. 4.
     """
-    builder = _builder(name)
-    known = tuple(inspect.signature(builder).parameters)
+    builder, named = _builder(name)
+    known = tuple(o for o in inspect.signature(builder).parameters if o not in named)
     for option in options:
         if option not in known:
             raise ValueError(f"options of {name!r} must be among {known}; got {option!r}")
     if attention not in _ATTENTION:
         raise ValueError(f"attention must be one of {_ATTENTION}; got {attention!r}")
-    network = builder(**options)
+    network = builder(**named, **options)
     placed: dict[str, dict[str, Any]] = {}
     if attention != "none":
         chosen = network.paper_places if at is None else [at] if isinstance(at, str) else at
@@ -97,13 +98,13 @@ def list_models(pattern: str = "*") -> list[str]:
     return fnmatch.filter(_BUILDERS, pattern)
 
 
-def _builder(name: str) -> Callable[..., Any]:
+def _builder(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     if name not in _BUILDERS:
         near = difflib.get_close_matches(str(name), _BUILDERS, n=3, cutoff=0.3) or list(_BUILDERS)
         raise ValueError(f"name must be one of list_models(), such as {near}; got {name!r}")
-    module, _, function = _BUILDERS[name].partition(":")
+    module, function, named = _BUILDERS[name]
     try:
-        return getattr(importlib.import_module(f".{module}", __package__), function)
+        return getattr(importlib.import_module(f".{module}", __package__), function), named
     except ModuleNotFoundError as error:
         message = f"{name!r} needs {error.name}: pip install 'efficient-attention[models]'"
         raise ImportError(message) from error

@@ -11,10 +11,22 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from .network import Network, Place
 from .norms import norm_layer
 
-__all__ = ["ResNet", "resnet50", "resnet101", "resnet_small"]
+__all__ = ["ResNet", "resnet"]
 
 # The paper counts stages from conv1 = res1; torchvision counts behind it.
 STAGES = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
+
+_LAYOUTS: dict[str, dict[str, Any]] = {
+    "resnet10": {"block": BasicBlock, "layers": [1, 1, 1, 1]},
+    "resnet50": {"block": Bottleneck, "layers": [3, 4, 6, 3]},
+    "resnet101": {"block": Bottleneck, "layers": [3, 4, 23, 3]},
+    "resnext101_32x8d": {
+        "block": Bottleneck,
+        "layers": [3, 4, 23, 3],
+        "groups": 32,
+        "width_per_group": 8,
+    },
+}
 
 
 class ResNet(Network, torchvision_resnet.ResNet):
@@ -52,21 +64,29 @@ def stage_channels(body: nn.Module, stage: str) -> int:
     return last.conv3.out_channels if isinstance(last, Bottleneck) else last.conv2.out_channels
 
 
-def resnet50(*, num_classes: int = 1000, norm: str = "batch") -> ResNet:
-    """ResNet-50, torchvision's: its ``IMAGENET1K_V1`` weights load.
+def resnet(*, body: str, num_classes: int = 1000, norm: str = "batch") -> ResNet:
+    """A ResNet as torchvision builds it, without attention as yet; torchvision's weights load.
 
     Args:
+        body: ``"resnet50"``, ``"resnet101"``, or ``"resnet10"``, one basic block a stage.
         num_classes: logits.
         norm: see :func:`~efficient_attention.models.norms.norm_layer`.
+
+    Raises:
+        ValueError: an unknown body or norm.
     """
-    return ResNet(Bottleneck, [3, 4, 6, 3], num_classes=num_classes, norm_layer=norm_layer(norm))
+    return ResNet(**body_layout(body), num_classes=num_classes, norm_layer=norm_layer(norm))
 
 
-def resnet101(*, num_classes: int = 1000, norm: str = "batch") -> ResNet:
-    """ResNet-101; arguments as :func:`resnet50`."""
-    return ResNet(Bottleneck, [3, 4, 23, 3], num_classes=num_classes, norm_layer=norm_layer(norm))
+def body_layout(name: str) -> dict[str, Any]:
+    """The arguments of torchvision's ``ResNet`` that make one of a name.
 
+    Args:
+        name: ``"resnet10"``, ``"resnet50"``, ``"resnet101"`` or ``"resnext101_32x8d"``.
 
-def resnet_small(*, num_classes: int = 1000, norm: str = "batch") -> ResNet:
-    """One basic block a stage (ResNet-10), for tests and small machines; arguments as :func:`resnet50`."""
-    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes, norm_layer=norm_layer(norm))
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in _LAYOUTS:
+        raise ValueError(f"body must be one of {tuple(_LAYOUTS)}; got {name!r}")
+    return _LAYOUTS[name]

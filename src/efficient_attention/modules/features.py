@@ -125,8 +125,9 @@ def coarsen(mask: Tensor, size: tuple[int, ...]) -> Tensor:
     if extents == tuple(size):
         return mask
     pixels = mask.unsqueeze(1).float()
-    strides = [_stride(extent, wanted) for extent, wanted in zip(extents, size, strict=True)]
-    if all(strides):
+    found = [_stride(extent, wanted) for extent, wanted in zip(extents, size, strict=True)]
+    strides = [stride for stride in found if stride]
+    if len(strides) == len(found):
         pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(size) - 1]
         return pool(pixels, strides, strides, ceil_mode=True).squeeze(1) > 0
     adaptive = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
