@@ -29,12 +29,13 @@ OPS = {
     "context": set(),
     "flops": set(),
     "layout": set(),
+    "limits": set(),
     "precision": set(),
     "planner": set(),
     "reference": {"precision"},
     "blocked": {"layout", "planner", "precision"},
     "library": {"blocked", "flops", "layout", "precision", "reference"},
-    "functional": {"context", "library", "planner", "precision", "reference"},
+    "functional": {"context", "library", "limits", "planner", "precision", "reference"},
     "__init__": {"context", "functional"},
 }
 # Beside the standard library and torch: who may import what.

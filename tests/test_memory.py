@@ -1,5 +1,6 @@
 """The memory counter against sizes known beforehand, and against the operating system."""
 
+import os
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import efficient_attention
+from efficient_attention import memory
 from efficient_attention.memory import peak_bytes
 
 
@@ -53,3 +55,34 @@ print(status("VmHWM") - before - out.nbytes)
         [sys.executable, "-c", code], check=True, env=path, capture_output=True, text=True
     )
     assert int(done.stdout) < 64_000_000
+
+
+def test_machine_has_what_the_operating_system_says():
+    page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+    assert 0 < memory.device_bytes(torch.device("cpu")) <= page * pages
+
+
+def test_nothing_is_known_of_a_device_without_memory():
+    assert memory.device_bytes(torch.device("meta")) is None
+    memory.refuse_beyond(2**70, torch.device("meta"), "nothing", "")
+
+
+@pytest.mark.parametrize(
+    ("membership", "limits"),
+    [
+        ("0::/user/me\n", {"user/me/memory.max": "max", "user/memory.max": "3000"}),
+        ("4:memory:/a\n3:cpu:/b\n", {"memory/a/memory.limit_in_bytes": "3000"}),
+        ("0::/\n", {"memory.max": "3000"}),
+    ],
+)
+def test_limits_of_control_groups_are_found_in_both_versions(tmp_path, membership, limits):
+    (tmp_path / "cgroup").write_text(membership)
+    for name, limit in limits.items():
+        path = tmp_path / "mount" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(limit + "\n")
+    assert memory._control_group_limits(tmp_path / "cgroup", tmp_path / "mount") == [3000]
+
+
+def test_system_without_control_groups_has_no_limits(tmp_path):
+    assert memory._control_group_limits(tmp_path / "nothing", tmp_path) == []

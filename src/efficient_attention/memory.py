@@ -1,17 +1,16 @@
-"""Peak memory of a computation, counted exactly from what the allocators report."""
+"""Memory: the peak of a computation, counted exactly from what the allocators report, and what a device has."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
-# The profiler's own chatter; read when the profiler first runs.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
-__all__ = ["peak_bytes"]
+__all__ = ["device_bytes", "peak_bytes", "refuse_beyond"]
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
@@ -32,6 +31,8 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
     Not part of the paper; its claim on memory (Sec. 3.2, O(d n + d^2)) is checked with this.
     """
+    # The profiler's own chatter; read when the profiler first runs.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     if cuda:
         torch.cuda.synchronize()
@@ -50,3 +51,88 @@ def peak_bytes(function: Callable[[], Any]) -> int:
         torch.cuda.synchronize()
         peak += torch.cuda.max_memory_allocated() - before
     return peak
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """All the memory that a device has, used or not: on the CPU within the limits of the process's control group.
+
+    Args:
+        device: a CPU or CUDA device.
+
+    Returns:
+        Bytes, or ``None`` where it cannot be told.
+
+    Example:
+        >>> device_bytes(torch.device("cpu")) > 2**20
+        True
+
+    Not part of the paper.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return _machine_bytes() if device.type == "cpu" else None
+
+
+def refuse_beyond(needed: int, device: torch.device, what: str, way_out: str) -> None:
+    """Raise an error in place of an allocation that a device cannot hold, for which the system may end the process.
+
+    Args:
+        needed: bytes of the allocation.
+        device: where it is made.
+        what: names the allocation, as the subject of a sentence.
+        way_out: what to do instead, as a sentence without its full stop.
+
+    Raises:
+        MemoryError: ``needed`` is more than all of the device's memory.
+
+    Example:
+        >>> refuse_beyond(2**60, torch.device("cpu"), "the map", "Use another")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        MemoryError: the map takes 1,073,741,824.0 GiB, and cpu has ... GiB in all. Use another
+
+    Not part of the paper.
+    """
+    there = device_bytes(device)
+    if there is not None and needed > there:
+        raise MemoryError(
+            f"{what} takes {needed / 2**30:,.1f} GiB, and {device} has {there / 2**30:,.1f} GiB in all. {way_out}"
+        )
+
+
+@functools.cache
+def _machine_bytes() -> int | None:
+    try:
+        physical = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (AttributeError, OSError, ValueError):
+        # Not a POSIX system, or one that does not tell.
+        physical = []
+    return min([*physical, *_control_group_limits()], default=None)
+
+
+def _control_group_limits(
+    membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> list[int]:
+    """Limits of memory, in bytes, of the control groups that this process is in and of those around them."""
+    try:
+        groups = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        return []
+    files = []
+    for _, controllers, group in groups:
+        # Version 2 has one hierarchy, whose line names no controllers; version 1 has one for memory.
+        root, name = (
+            (mount, "memory.max")
+            if not controllers
+            else (mount / "memory", "memory.limit_in_bytes")
+        )
+        if not controllers or "memory" in controllers.split(","):
+            inside = PurePosixPath(group.lstrip("/"))
+            files += [root / around / name for around in (inside, *inside.parents)]
+    return [int(text) for text in map(_text, files) if text.isdigit()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

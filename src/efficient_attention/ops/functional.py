@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import library, reference
 from .context import Context
+from .limits import refuse_impossible_map
 from .planner import OPERATOR_ORDERS, cheapest, operator_costs
 from .precision import accumulation_dtype, autocast_is_on
 
@@ -58,6 +59,7 @@ def efficient_attention(
         TypeError: an argument is not a tensor, or has an unsupported dtype.
         ValueError: shapes, devices or dtypes do not fit together, or an option is unknown.
         NotImplementedError: a backend that was named cannot serve the call.
+        MemoryError: ``order="quadratic"`` was named, and its N x M map is more than the device has.
 
     Example:
         >>> q, k, v = (torch.randn(2, 8, 4096, 32) for _ in range(3))
@@ -91,6 +93,8 @@ def efficient_attention(
             "backend='blocked' computes order='linear' only; for order='quadratic' use backend='auto'"
         )
     mask = _canonical_mask(key_mask, key)
+    itemsize = accumulation_dtype(query.dtype).itemsize
+    refuse_impossible_map(query, key, itemsize=itemsize, way_out="Use order='linear'")
     return reference.quadratic(query, key, value, mask, normalization)
 
 
@@ -225,6 +229,7 @@ def dot_product_attention(
 
     Raises:
         TypeError, ValueError: as :func:`efficient_attention`; ValueError also for ``scale`` with ``"scaling"``.
+        MemoryError: the N x M map of ``"scaling"`` is more than the device has.
 
     Example:
         >>> q, k, v = (torch.randn(2, 8, 256, 32) for _ in range(3))
@@ -243,6 +248,10 @@ def dot_product_attention(
         key = key.masked_fill(~mask.unsqueeze(-1), 0)
         value = value.masked_fill(~mask.unsqueeze(-1), 0)
     if normalization == "scaling":
+        way_out = (
+            "efficient_attention(..., normalization='scaling') gives the same values without it"
+        )
+        refuse_impossible_map(query, key, itemsize=query.element_size(), way_out=way_out)
         count = key.shape[-2] if mask is None else mask.sum(-1)[..., None, None]
         count = torch.as_tensor(count, device=key.device).clamp(min=1)
         return (query @ (key / count).to(key.dtype).mT) @ value
