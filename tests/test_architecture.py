@@ -26,6 +26,7 @@ LAYERS = [
 ]
 # Inside the operator: what each file may import. The oracle and the implementations never meet.
 OPS = {
+    "arguments": {"precision"},
     "context": set(),
     "flops": set(),
     "layout": set(),
@@ -35,7 +36,7 @@ OPS = {
     "reference": {"precision"},
     "blocked": {"layout", "planner", "precision"},
     "library": {"blocked", "flops", "layout", "precision", "reference"},
-    "functional": {"context", "library", "limits", "planner", "precision", "reference"},
+    "functional": {"arguments", "context", "library", "limits", "planner", "precision", "reference"},
     "__init__": {"context", "functional"},
 }
 # Beside the standard library and torch: who may import what.

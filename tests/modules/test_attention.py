@@ -159,6 +159,22 @@ def test_errors_name_the_argument():
         module(TOKENS, ea.EfficientAttention(12, 3, dtype=torch.float64).summarize(TOKENS))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((0,), {}, "embed_dim must be a positive integer; got 0"),
+        ((12.0,), {}, r"embed_dim must be a positive integer; got 12\.0"),
+        ((True,), {}, "embed_dim must be a positive integer; got True"),
+        ((12,), {"context_dim": -1}, "context_dim must be a positive integer; got -1"),
+        ((12, 2.0), {}, r"num_heads must be a positive integer; got 2\.0"),
+        ((12, 5), {}, "key_channels must be divisible by num_heads = 5; got 12"),
+    ],
+)
+def test_constructor_errors_name_the_argument(arguments, options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ea.EfficientAttention(*arguments, **options)
+
+
 def flops(function):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function()

@@ -285,11 +285,25 @@ def test_constructor_refuses_with_the_reason(options, error, message):
         MultiheadEfficientAttention(12, 3, **options)
 
 
-def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(
-        ValueError, match="embed_dim must be a positive multiple of num_heads = 5; got 12"
-    ):
-        MultiheadEfficientAttention(12, 5)
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((12, 5), "embed_dim must be divisible by num_heads = 5; got 12"),
+        ((0, 1), "embed_dim must be a positive integer; got 0"),
+        ((12.0, 3), r"embed_dim must be a positive integer; got 12\.0"),
+        ((12, 3.0), r"num_heads must be a positive integer; got 3\.0"),
+        ((12, True), "num_heads must be a positive integer; got True"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        MultiheadEfficientAttention(*sizes)
+
+
+@pytest.mark.parametrize("name", ["kdim", "vdim"])
+def test_widths_of_keys_and_values_are_checked(name):
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer; got 0"):
+        MultiheadEfficientAttention(12, 3, **{name: 0})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Attention on feature maps: the authors' module, every order, every memory format, and the non-local baseline."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -348,6 +349,10 @@ def test_evaluation_does_not_hold_values_or_attended_values():
         ((6, 4, 6), {"num_heads": 4}, r"value_channels must be divisible by num_heads = 4; got 6"),
         ((6, 4, 8), {"num_heads": 0}, r"num_heads must be a positive integer; got 0"),
         ((1,), {}, r"key_channels must be a positive integer; got 0"),
+        ((0,), {}, r"in_channels must be a positive integer; got 0"),
+        (("6",), {}, r"in_channels must be a positive integer; got '6'"),
+        ((6, True, 8), {}, r"key_channels must be a positive integer; got True"),
+        ((6, 4, 8), {"num_heads": 2.0}, r"num_heads must be a positive integer; got 2\.0"),
         ((6, 4.0, 8), {}, r"key_channels must be a positive integer; got 4\.0"),
         (
             (6, 4, 8),
@@ -361,6 +366,14 @@ def test_evaluation_does_not_hold_values_or_attended_values():
 def test_constructor_errors_name_the_argument(kind, arguments, options, message):
     with pytest.raises(ValueError, match=message):
         kind(*arguments, **options)
+
+
+def test_the_baseline_has_the_same_constructor_and_one_order():
+    signatures = [inspect.signature(kind) for kind in EFFICIENT + NON_LOCAL]
+    assert all(signature == signatures[0] for signature in signatures)
+    assert ea.NonLocal2d(6, order="quadratic").order == "quadratic"
+    with pytest.raises(ValueError, match="order must be one of 'auto', 'quadratic'; got 'linear'"):
+        ea.NonLocal2d(6, order="linear")
 
 
 def test_unknown_order_lists_the_valid_ones():

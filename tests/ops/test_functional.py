@@ -85,7 +85,17 @@ def bad(function, *args, **kwargs):
         (
             bad(attend, Q, CONTEXT, num_groups=0),
             ValueError,
-            "num_groups must divide query's Dk = 8; got 0",
+            "num_groups must be a positive integer; got 0",
+        ),
+        (
+            bad(attend, Q, CONTEXT, num_groups=2.0),
+            ValueError,
+            "num_groups must be a positive integer; got 2.0",
+        ),
+        (
+            bad(attend, Q, CONTEXT, num_groups=True),
+            ValueError,
+            "num_groups must be a positive integer; got True",
         ),
         (
             bad(dot_product_attention, Q, K, V, normalization="x"),

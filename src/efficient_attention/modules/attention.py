@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Context
+from ..ops.arguments import check_size
 from .features import Tokens
 from .projected import EfficientModule
 
@@ -68,6 +69,9 @@ class EfficientAttention(EfficientModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        check_size("embed_dim", embed_dim)
+        if context_dim is not None:
+            check_size("context_dim", context_dim)
         super().__init__(
             Tokens(),
             embed_dim,

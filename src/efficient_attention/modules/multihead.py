@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import efficient_attention
+from ..ops.arguments import check_option, check_size
 from ..ops.functional import NORMALIZATIONS, cheapest_order
 from ..ops.planner import OPERATOR_ORDERS
 from ..ops.reference import attention_weights
-from .projected import check_option
 
 __all__ = ["MultiheadEfficientAttention"]
 
@@ -85,9 +85,14 @@ class MultiheadEfficientAttention(nn.Module):
         order: str = "auto",
     ):
         super().__init__()
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+        kdim = embed_dim if kdim is None else kdim
+        vdim = embed_dim if vdim is None else vdim
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
+        for name, size in sizes.items():
+            check_size(name, size)
+        if embed_dim % num_heads:
             raise ValueError(
-                f"embed_dim must be a positive multiple of num_heads = {num_heads}; got {embed_dim}"
+                f"embed_dim must be divisible by num_heads = {num_heads}; got {embed_dim}"
             )
         if dropout:
             raise NotImplementedError(
@@ -100,8 +105,8 @@ class MultiheadEfficientAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.dropout = dropout
-        self.kdim = embed_dim if kdim is None else kdim
-        self.vdim = embed_dim if vdim is None else vdim
+        self.kdim = kdim
+        self.vdim = vdim
         self.batch_first = batch_first
         self.add_zero_attn = add_zero_attn
         self.normalization = normalization

@@ -7,13 +7,13 @@ value channels of all heads. Paper: Shen et al. 2021, Sec. 3.2 and Fig. 1.
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import Context, attend, dot_product_attention, efficient_attention, summarize
+from ..ops.arguments import check_option, check_size
 from ..ops.functional import NORMALIZATIONS
 from ..ops.planner import MODULE_ORDERS, Cost, cheapest, module_costs
 from .features import Features, Projection, coarsen
@@ -33,6 +33,8 @@ class ProjectedAttention(nn.Module):
     values: Projection
     reprojection: Projection
 
+    _orders: ClassVar[tuple[str, ...]]
+
     #: See :func:`masked`.
     shared_mask: Tensor | None = None
 
@@ -48,29 +50,21 @@ class ProjectedAttention(nn.Module):
         normalization: str,
         residual: bool,
         init: str,
+        order: str = "auto",
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         source_channels = in_channels if source_channels is None else source_channels
-        sizes: dict[str, Any] = {
-            "in_channels": in_channels,
-            "key_channels": key_channels,
-            "value_channels": value_channels,
-            "source_channels": source_channels,
-            "num_heads": num_heads,
-        }
-        for name, size in sizes.items():
-            if not isinstance(size, Integral) or size < 1:
-                raise ValueError(f"{name} must be a positive integer; got {size!r}")
-        for name in ("key_channels", "value_channels"):
-            if sizes[name] % num_heads:
-                raise ValueError(
-                    f"{name} must be divisible by num_heads = {num_heads}; got {sizes[name]}"
-                )
+        check_size("num_heads", num_heads)
+        for name, size in {"key_channels": key_channels, "value_channels": value_channels}.items():
+            check_size(name, size)
+            if size % num_heads:
+                raise ValueError(f"{name} must be divisible by num_heads = {num_heads}; got {size}")
         check_option("normalization", normalization, NORMALIZATIONS)
         check_option("init", init, INITIALIZATIONS)
+        check_option("order", order, self._orders)
 
         self.in_channels = in_channels
         self.key_channels = key_channels
@@ -80,6 +74,7 @@ class ProjectedAttention(nn.Module):
         self.normalization = normalization
         self.residual = residual
         self.init = init
+        self.order = order
         self._features = features
 
         options = {"bias": bias, "device": device, "dtype": dtype}
@@ -119,6 +114,9 @@ class ProjectedAttention(nn.Module):
 class DotProductModule(ProjectedAttention):
     """The shell around dot-product attention: the baseline."""
 
+    # A softmax over N x M leaves no other.
+    _orders = ("auto", "quadratic")
+
     def _run(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         features = self._features
         features.check("x", x, self.in_channels)
@@ -138,10 +136,7 @@ class DotProductModule(ProjectedAttention):
 class EfficientModule(ProjectedAttention):
     """The shell around efficient attention, computed in the cheapest of its exact orders."""
 
-    def __init__(self, *args: Any, order: str = "auto", **options: Any):
-        super().__init__(*args, **options)
-        check_option("order", order, ("auto", *MODULE_ORDERS))
-        self.order = order
+    _orders = ("auto", *MODULE_ORDERS)
 
     def summarize(self, source: Tensor, *, key_mask: Tensor | None = None) -> Context:
         """The context of the positions of ``source``; contexts of its parts merge into that of the whole.
@@ -223,7 +218,7 @@ class EfficientModule(ProjectedAttention):
 
     def _resolve(self, queries: int, keys: int) -> str:
         """The order of a call: the one that was named, or the cheapest that nobody would notice."""
-        check_option("order", self.order, ("auto", *MODULE_ORDERS))
+        check_option("order", self.order, self._orders)
         obstacles = self._folding_obstacles()
         if self.order != "auto":
             reason = obstacles.get(self.order)
@@ -333,8 +328,3 @@ class EfficientModule(ProjectedAttention):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, order={self.order!r}"
-
-
-def check_option(name: str, got: str, valid: tuple[str, ...]) -> None:
-    if got not in valid:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}; got {got!r}")

@@ -11,8 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops.arguments import check_size
 from .features import FeatureMaps
-from .projected import DotProductModule, EfficientModule
+from .projected import DotProductModule, EfficientModule, ProjectedAttention
 
 __all__ = [
     "EfficientAttention1d",
@@ -24,7 +25,9 @@ __all__ = [
 ]
 
 
-class _EfficientAttentionNd(EfficientModule):
+class _OnFeatureMaps(ProjectedAttention):
+    """The constructor of all modules here."""
+
     _dimensions: ClassVar[int]
 
     def __init__(
@@ -41,6 +44,7 @@ class _EfficientAttentionNd(EfficientModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        check_size("in_channels", in_channels)
         super().__init__(
             FeatureMaps(self._dimensions),
             in_channels,
@@ -55,6 +59,8 @@ class _EfficientAttentionNd(EfficientModule):
             dtype=dtype,
         )
 
+
+class _EfficientAttentionNd(_OnFeatureMaps, EfficientModule):
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """Let every position of ``x [B, C, *spatial]`` attend to all of them; see the class."""
         return self._run(x, x, key_mask)
@@ -113,35 +119,7 @@ class EfficientAttention3d(_EfficientAttentionNd):
     _dimensions = 3
 
 
-class _NonLocalNd(DotProductModule):
-    _dimensions: ClassVar[int]
-
-    def __init__(
-        self,
-        in_channels: int,
-        key_channels: int | None = None,
-        value_channels: int | None = None,
-        *,
-        num_heads: int = 1,
-        normalization: str = "softmax",
-        residual: bool = True,
-        init: str = "zero",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(
-            FeatureMaps(self._dimensions),
-            in_channels,
-            in_channels // 2 if key_channels is None else key_channels,
-            in_channels if value_channels is None else value_channels,
-            num_heads=num_heads,
-            normalization=normalization,
-            residual=residual,
-            init=init,
-            device=device,
-            dtype=dtype,
-        )
-
+class _NonLocalNd(_OnFeatureMaps, DotProductModule):
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """Let every position of ``x [B, C, *spatial]`` attend to all of them; see the class."""
         return self._run(x, key_mask)
@@ -154,7 +132,7 @@ class NonLocal2d(_NonLocalNd):
     time; ``"scaling"`` is the dot-product block, quadratic in time and memory, whose result
     ``EfficientAttention2d(normalization="scaling")`` gives in linear time from the same state_dict.
 
-    Arguments as in :class:`EfficientAttention2d`, without ``order``.
+    Arguments as in :class:`EfficientAttention2d`; ``order`` is ``"auto"`` or ``"quadratic"``, the only one there is.
 
     Example:
         >>> block = efficient_attention.NonLocal2d(64)

@@ -10,16 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import library, reference
+from .arguments import (
+    canonical_mask,
+    check_attention_shapes,
+    check_like,
+    check_option,
+    check_shape,
+    check_size,
+    check_tensor,
+)
 from .context import Context
 from .limits import refuse_impossible_map
 from .planner import OPERATOR_ORDERS, cheapest, operator_costs
-from .precision import accumulation_dtype, autocast_is_on
+from .precision import DTYPES, accumulation_dtype, autocast_is_on
 
 __all__ = ["attend", "dot_product_attention", "efficient_attention", "summarize"]
 
 NORMALIZATIONS = ("softmax", "scaling")
 BACKENDS = ("auto", "reference", "blocked")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def efficient_attention(
@@ -68,11 +76,11 @@ def efficient_attention(
 
     Paper: Shen et al. 2021, Sec. 3.2.
     """
-    _check_option("order", order, ("auto", *OPERATOR_ORDERS))
-    _check_option("backend", backend, BACKENDS)
-    _check_option("normalization", normalization, NORMALIZATIONS)
+    check_option("order", order, ("auto", *OPERATOR_ORDERS))
+    check_option("backend", backend, BACKENDS)
+    check_option("normalization", normalization, NORMALIZATIONS)
     query, key, value = _autocast(query, key, value)
-    _check_attention_shapes(query, key, value)
+    check_attention_shapes(query, key, value)
     if order == "auto":
         order = "linear"
         if backend != "blocked":
@@ -92,7 +100,7 @@ def efficient_attention(
         raise NotImplementedError(
             "backend='blocked' computes order='linear' only; for order='quadratic' use backend='auto'"
         )
-    mask = _canonical_mask(key_mask, key)
+    mask = canonical_mask(key_mask, key)
     itemsize = accumulation_dtype(query.dtype).itemsize
     refuse_impossible_map(query, key, itemsize=itemsize, way_out="Use order='linear'")
     return reference.quadratic(query, key, value, mask, normalization)
@@ -130,14 +138,14 @@ def summarize(
 
     Paper: Shen et al. 2021, Sec. 3.2; the channels of ``rho_k(K)`` are the template attention maps of Sec. 3.4.
     """
-    _check_option("backend", backend, BACKENDS)
-    _check_option("normalization", normalization, NORMALIZATIONS)
+    check_option("backend", backend, BACKENDS)
+    check_option("normalization", normalization, NORMALIZATIONS)
     key, value = _autocast(key, value)
-    _check_tensor("key", key)
-    _check_tensor("value", value)
-    _check_like("value", value, "key", key)
-    _check_shape("value", value, (*key.shape[:3], None), "[B, H, M, Dv]", "key's B, H, M")
-    mask = _canonical_mask(key_mask, key)
+    check_tensor("key", key)
+    check_tensor("value", value)
+    check_like("value", value, "key", key)
+    check_shape("value", value, (*key.shape[:3], None), "[B, H, M, Dv]", "key's B, H, M")
+    mask = canonical_mask(key_mask, key)
     implementation = reference.summarize if _is_plain(backend) else library.summarize
     mean, log_weight, *_ = implementation(key, value, mask, normalization)
     return Context(mean, log_weight)
@@ -174,14 +182,14 @@ def attend(
 
     Paper: Shen et al. 2021, Sec. 3.2.
     """
-    _check_option("backend", backend, BACKENDS)
-    _check_option("normalization", normalization, NORMALIZATIONS)
+    check_option("backend", backend, BACKENDS)
+    check_option("normalization", normalization, NORMALIZATIONS)
     (query,) = _autocast(query)
-    _check_tensor("query", query)
+    check_tensor("query", query)
     if not isinstance(context, Context):
         raise TypeError(f"context must be a Context; got {type(context).__name__}")
     mean = context.mean
-    _check_shape(
+    check_shape(
         "context.mean",
         mean,
         (*query.shape[:2], query.shape[3], None),
@@ -194,7 +202,8 @@ def attend(
             f"context must be {dtype} on {query.device} for a query of {query.dtype}; "
             f"got {mean.dtype} {mean.device}"
         )
-    if num_groups < 1 or query.shape[-1] % num_groups:
+    check_size("num_groups", num_groups)
+    if query.shape[-1] % num_groups:
         raise ValueError(f"num_groups must divide query's Dk = {query.shape[-1]}; got {num_groups}")
     implementation = reference.attend if _is_plain(backend) else library.attend
     return implementation(query, mean, normalization, num_groups)
@@ -238,12 +247,12 @@ def dot_product_attention(
 
     Paper: Shen et al. 2021, Sec. 3.1.
     """
-    _check_option("normalization", normalization, NORMALIZATIONS)
+    check_option("normalization", normalization, NORMALIZATIONS)
     if normalization == "scaling" and scale != 1.0:
         raise ValueError(f"scale must be 1 with normalization='scaling'; got {scale}")
     query, key, value = _autocast(query, key, value)
-    _check_attention_shapes(query, key, value)
-    mask = _canonical_mask(key_mask, key)
+    check_attention_shapes(query, key, value)
+    mask = canonical_mask(key_mask, key)
     if mask is not None:
         key = key.masked_fill(~mask.unsqueeze(-1), 0)
         value = value.masked_fill(~mask.unsqueeze(-1), 0)
@@ -317,76 +326,3 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         else x
         for x in tensors
     )
-
-
-def _canonical_mask(key_mask: Tensor | None, key: Tensor) -> Tensor | None:
-    """``key_mask`` as ``[B or 1, H or 1, M]``."""
-    if key_mask is None:
-        return None
-    batch, heads, keys, _ = key.shape
-    expected = f"bool [B, M] or [B, H, M], B and H perhaps 1, for B, H, M = {(batch, heads, keys)}"
-    if not isinstance(key_mask, Tensor):
-        raise TypeError(f"key_mask must be a tensor, {expected}; got {type(key_mask).__name__}")
-    if key_mask.dtype != torch.bool:
-        raise TypeError(f"key_mask must be {expected}; got {key_mask.dtype}")
-    if key_mask.device != key.device:
-        raise ValueError(f"key_mask must be on key's device {key.device}; got {key_mask.device}")
-    mask = key_mask.unsqueeze(1) if key_mask.dim() == 2 else key_mask
-    mask = mask.reshape((1,) * (3 - mask.dim()) + tuple(mask.shape)) if mask.dim() < 3 else mask
-    fits = mask.dim() == 3 and all(
-        size == whole or (size == 1 and not last)
-        for size, whole, last in zip(
-            mask.shape, (batch, heads, keys), (False, False, True), strict=True
-        )
-    )
-    if not fits:
-        raise ValueError(f"key_mask must be {expected}; got shape {tuple(key_mask.shape)}")
-    return mask
-
-
-def _check_option(name: str, got: str, valid: tuple[str, ...]) -> None:
-    if got not in valid:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}; got {got!r}")
-
-
-def _check_tensor(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor [B, H, positions, channels]; got {type(x).__name__}"
-        )
-    if x.dtype not in DTYPES:
-        valid = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} must have dtype {valid}; got {x.dtype}")
-    if x.dim() != 4:
-        raise ValueError(
-            f"{name} must have shape [B, H, positions, channels]; got {tuple(x.shape)}"
-        )
-
-
-def _check_like(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
-    if x.dtype != like.dtype or x.device != like.device:
-        raise ValueError(
-            f"{name} must have {like_name}'s dtype and device {like.dtype} {like.device}; got {x.dtype} {x.device}"
-        )
-
-
-def _check_shape(
-    name: str, x: Tensor, expected: tuple[int | None, ...], letters: str, like: str
-) -> None:
-    if x.dim() != 4 or any(
-        e is not None and e != got for e, got in zip(expected, x.shape, strict=True)
-    ):
-        known = tuple(e for e in expected if e is not None)
-        raise ValueError(
-            f"{name} must have shape {letters} matching {like} = {known}; got {tuple(x.shape)}"
-        )
-
-
-def _check_attention_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        _check_tensor(name, x)
-    for name, x in (("key", key), ("value", value)):
-        _check_like(name, x, "query", query)
-    b, h, _, dk = query.shape
-    _check_shape("key", key, (b, h, None, dk), "[B, H, M, Dk]", "query's B, H, Dk")
-    _check_shape("value", value, (*key.shape[:3], None), "[B, H, M, Dv]", "key's B, H, M")

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and contexts: float64 for float64, float32 for everything narrower."""
