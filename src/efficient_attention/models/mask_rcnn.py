@@ -187,6 +187,8 @@ def mask_rcnn(
     box_score_thresh: float = 0.05,
     box_nms_thresh: float = 0.5,
     box_detections_per_img: int = 100,
+    rpn_post_nms_top_n_train: int = 2000,
+    rpn_post_nms_top_n_test: int = 1000,
 ) -> MaskRCNN:
     """Mask R-CNN as torchvision builds it, without attention as yet.
 
@@ -208,6 +210,8 @@ def mask_rcnn(
         box_score_thresh: below which detections are dropped.
         box_nms_thresh: overlap above which the weaker of two boxes is dropped.
         box_detections_per_img: the most that are kept.
+        rpn_post_nms_top_n_train: proposals that reach the heads, for each picture.
+        rpn_post_nms_top_n_test: the same in evaluation mode.
 
     Raises:
         ValueError: unknown names, ``trainable_layers`` outside 0 to 5.
@@ -235,6 +239,8 @@ def mask_rcnn(
         box_score_thresh=box_score_thresh,
         box_nms_thresh=box_nms_thresh,
         box_detections_per_img=box_detections_per_img,
+        rpn_post_nms_top_n_train=rpn_post_nms_top_n_train,
+        rpn_post_nms_top_n_test=rpn_post_nms_top_n_test,
         **_HEADS[heads](channels, num_classes),
     )
 

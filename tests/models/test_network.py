@@ -1,0 +1,84 @@
+"""Networks on disk: a folder has all of a network or none of it."""
+
+import json
+
+import pytest
+import torch
+
+from efficient_attention import create_model
+from efficient_attention.models.network import Network
+from efficient_attention.models.resnet import ResNet
+
+
+def network(**options):
+    return create_model("resnet_small", num_classes=3, **options).eval()
+
+
+def test_every_class_loads_its_own_and_names_another(tmp_path):
+    network().save_pretrained(tmp_path)
+    assert type(ResNet.from_pretrained(tmp_path)) is ResNet
+
+    class Other(Network):
+        pass
+
+    with pytest.raises(TypeError, match="must hold a Other; got a ResNet: use Network"):
+        Other.from_pretrained(tmp_path)
+
+
+def test_the_configuration_is_written_for_people_and_programs(tmp_path):
+    network(at=["res3"], attention_options={"num_heads": 2}).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "name": "resnet_small",
+        "attention": "efficient",
+        "at": {"res3": {"num_heads": 2}},
+        "num_classes": 3,
+    }
+    assert "1812.01243" in (tmp_path / "README.md").read_text()
+
+
+def test_a_failure_while_saving_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    first = network()
+    first.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(self, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Network, "_save_pretrained", fail)
+    with pytest.raises(OSError, match="no space left"):
+        network().save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_saving_again_replaces_the_weights_and_keeps_what_a_person_wrote(tmp_path):
+    network().save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    second = network()
+    second.save_pretrained(tmp_path)
+    found = Network.from_pretrained(tmp_path)
+    assert all(torch.equal(found.state_dict()[k], v) for k, v in second.state_dict().items())
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_folder_that_lacks_a_file_is_an_error(missing, tmp_path):
+    network().save_pretrained(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing.replace(".", r"\.")):
+        Network.from_pretrained(tmp_path)
+
+
+def test_a_network_from_elsewhere_cannot_be_saved(tmp_path):
+    from torchvision.models.resnet import BasicBlock
+
+    with pytest.raises(ValueError, match=r"ResNet must come from create_model\(\)"):
+        ResNet(BasicBlock, [1, 1, 1, 1]).save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_memory_formats_survive_no_trip_but_values_do(tmp_path):
+    model = network().to(memory_format=torch.channels_last)
+    model.save_pretrained(tmp_path)
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(Network.from_pretrained(tmp_path)(x), model(x))
