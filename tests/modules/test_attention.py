@@ -219,6 +219,31 @@ def test_a_context_of_another_module_is_refused(order):
         module(TOKENS, other.summarize(OTHERS))
 
 
+def test_an_order_without_a_context_is_refused_where_there_is_one():
+    module = build(order="quadratic")
+    memory = build().summarize(OTHERS)
+    message = "order='quadratic': it has no context, .* use order='auto'"
+    for call in (
+        lambda: module.summarize(OTHERS),
+        lambda: module.attend(TOKENS, memory),
+        lambda: module(TOKENS, memory),
+        lambda: module.planned_order(TOKENS, memory),
+        lambda: next(ea.attend_tiles(module, OTHERS[:1].split(5, 1))),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            call()
+    module(TOKENS, OTHERS)
+
+
+def test_contexts_are_planned_among_the_orders_that_have_one():
+    # Three positions are cheapest in the quadratic order, five thousand folded; a context is linear or folded.
+    module = ea.EfficientAttention(64, key_channels=48)
+    memory = module.summarize(torch.randn(1, 3, 64))
+    assert module.planned_order(torch.empty(1, 3, 64)) == "quadratic"
+    assert module.planned_order(torch.empty(1, 3, 64), memory) == "linear"
+    assert module.planned_order(torch.empty(1, 5000, 64), memory) == "folded"
+
+
 def test_an_order_that_is_assigned_is_checked():
     module = build()
     module.order = "fold"

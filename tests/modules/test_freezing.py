@@ -55,3 +55,72 @@ def test_freeze_refuses_conflicting_shapes_and_changes_nothing():
         ea.freeze(model, torch.randn(1, 500, 8))
     assert model.attention.order == "auto"
     assert not model.attention._forward_pre_hooks
+
+
+class Memory(nn.Module):
+    """Summarizes one input once, and lets another attend to it by whichever way is named."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.attention, self.way = ea.EfficientAttention(64, key_channels=48), way
+
+    def forward(self, x, source):
+        context = self.attention.summarize(source)
+        return (
+            self.attention(x, context)
+            if self.way == "forward"
+            else self.attention.attend(x, context)
+        )
+
+
+@pytest.mark.parametrize("way", ["forward", "attend"])
+@pytest.mark.parametrize(
+    ("queries", "keys", "order"),
+    [
+        (40, 5000, "folded_values"),
+        (5000, 40, "folded_output"),
+        (5000, 5000, "folded"),
+        (3, 3, "linear"),
+    ],
+)
+def test_freeze_plans_both_sides_of_a_context(way, queries, keys, order):
+    model = Memory(way)
+    x, source = torch.randn(1, queries, 64), torch.randn(1, keys, 64)
+    expected = model(x, source)
+    assert ea.freeze(model, x, source) == {"attention": order}
+    assert torch.equal(model(x, source), expected)
+    assert "_resolve" not in vars(model.attention)
+
+
+def test_freeze_plans_a_side_that_comes_alone():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = ea.EfficientAttention(64, key_channels=48)
+
+        def forward(self, x):
+            return self.attention.summarize(x)
+
+    assert ea.freeze(Encoder(), torch.randn(1, 5000, 64)) == {"attention": "folded"}
+
+
+def test_freeze_refuses_an_order_without_context_beside_a_context():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = ea.EfficientAttention(64)
+
+        def forward(self, x):
+            return self.attention(x), self.attention.summarize(x)
+
+    model = Both()
+    with pytest.raises(ValueError, match=r"attention is called .* \('quadratic' and 'linear'\)"):
+        ea.freeze(model, torch.randn(1, 3, 64))
+    assert model.attention.order == "auto"
+
+
+def test_freeze_leaves_what_the_example_does_not_reach():
+    model = nn.Linear(8, 8)
+    model.attention = ea.EfficientAttention(8)
+    assert ea.freeze(model, torch.randn(1, 8)) == {}
+    assert model.attention.order == "auto"

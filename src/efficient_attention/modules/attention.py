@@ -30,7 +30,7 @@ class EfficientAttention(EfficientModule):
         residual: add the input to the output.
         bias: whether the projections have biases.
         init: ``"official"``: PyTorch's default for every layer; ``"zero"``: the reprojection starts at zero.
-        order: as in :class:`EfficientAttention2d`.
+        order: as in :class:`EfficientAttention2d`; ``"quadratic"`` cannot serve a ready-made context.
         device: of the parameters.
         dtype: of the parameters.
 

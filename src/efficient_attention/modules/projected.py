@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ops import Context, attend, dot_product_attention, efficient_attention, summarize
 from ..ops.arguments import check_option, check_size
 from ..ops.functional import NORMALIZATIONS
-from ..ops.planner import MODULE_ORDERS, Cost, cheapest, module_costs
+from ..ops.planner import FOLDS_OUTPUT, FOLDS_VALUES, MODULE_ORDERS, Cost, cheapest, module_costs
 from .features import Features, Projection, coarsen
 from .folding import fold_output, fold_values, obstacle
 
@@ -148,21 +148,27 @@ class EfficientModule(ProjectedAttention):
         Returns:
             ``Context(mean [B, h, dk / h, dv / h], log_weight [B, h, dk / h])``, to be kept, merged, and given to
             :meth:`attend`.
+
+        Raises:
+            NotImplementedError: ``order="quadratic"`` was named, which has no context.
         """
         self._features.check("source", source, self.source_channels)
-        positions = self._features.count(source)
-        folds = self._resolve(positions, positions) in ("folded", "folded_values")
-        return self._summarize(source, key_mask, folds)
+        order = self._resolve(None, self._features.count(source))
+        return self._summarize(source, key_mask, order in FOLDS_VALUES)
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
         """What ``forward`` returns for ``x``, attending to a ready-made context of this module.
 
         Args:
             x: the positions that attend, laid out as the input of ``forward``.
-            context: as :meth:`summarize` returns it.
+            context: as :meth:`summarize` returns it, of this module or one with its shapes and ``normalization``. The
+                shapes are checked; a context does not tell what it was normalized by.
 
         Returns:
             The shape of ``x``.
+
+        Raises:
+            NotImplementedError: ``order="quadratic"`` was named, which knows no context.
         """
         self._features.check("x", x, self.in_channels)
         if not isinstance(context, Context):
@@ -175,9 +181,8 @@ class EfficientModule(ProjectedAttention):
                 f"context.mean must have shape [B, h, dk / h, dv / h] = {shape}, as this module's summarize gives; "
                 f"got {tuple(context.mean.shape)}"
             )
-        positions = self._features.count(x)
-        folds = self._resolve(positions, positions) in ("folded", "folded_output")
-        return self._attend(x, context, folds)
+        order = self._resolve(self._features.count(x), None)
+        return self._attend(x, context, order in FOLDS_OUTPUT)
 
     def costs(
         self, queries: int, keys: int | None = None, *, batch: int = 1, itemsize: int = 4
@@ -199,8 +204,10 @@ class EfficientModule(ProjectedAttention):
         self, x: Tensor, context: Tensor | Context | None = None, *, key_mask: Tensor | None = None
     ) -> str:
         """The order in which ``forward`` computes for these inputs."""
-        source = context if isinstance(context, Tensor) else x
-        return self._resolve(self._features.count(x), self._features.count(source))
+        queries = self._features.count(x)
+        if isinstance(context, Context):
+            return self._resolve(queries, None)
+        return self._resolve(queries, self._features.count(x if context is None else context))
 
     def _run(self, x: Tensor, source: Tensor | Context, key_mask: Tensor | None) -> Tensor:
         features = self._features
@@ -213,22 +220,29 @@ class EfficientModule(ProjectedAttention):
         order = self.planned_order(x, source)
         if order == "quadratic":
             return self._attend_quadratic(x, source, key_mask)
-        context = self._summarize(source, key_mask, order in ("folded", "folded_values"))
-        return self._attend(x, context, order in ("folded", "folded_output"))
+        context = self._summarize(source, key_mask, order in FOLDS_VALUES)
+        return self._attend(x, context, order in FOLDS_OUTPUT)
 
-    def _resolve(self, queries: int, keys: int) -> str:
-        """The order of a call: the one that was named, or the cheapest that nobody would notice."""
+    def _resolve(self, queries: int | None, keys: int | None) -> str:
+        """The order of a call: the one that was named, or the cheapest that nobody would notice.
+
+        A side that is None comes in another call, and is taken to be as long as the one at hand.
+        """
         check_option("order", self.order, self._orders)
         obstacles = self._folding_obstacles()
+        if queries is None or keys is None:
+            obstacles["quadratic"] = "it has no context, but needs queries and keys together"
         if self.order != "auto":
             reason = obstacles.get(self.order)
             if reason is not None:
                 raise NotImplementedError(f"order={self.order!r}: {reason}; use order='auto'")
             return self.order
+        lengths = [n for n in (queries, keys) if n is not None]
         if torch.compiler.is_compiling():
-            queries = keys = _LONG
+            lengths = [_LONG]
         return cheapest(
-            self.costs(queries, keys), among=[o for o in MODULE_ORDERS if o not in obstacles]
+            self.costs(lengths[0], lengths[-1]),
+            among=[o for o in MODULE_ORDERS if o not in obstacles],
         )
 
     def _folding_obstacles(self) -> dict[str, str]:

@@ -22,6 +22,9 @@ from typing import NamedTuple
 
 OPERATOR_ORDERS = ("linear", "quadratic")
 MODULE_ORDERS = ("linear", "quadratic", "folded_values", "folded_output", "folded")
+# A context comes between the sides of these, so that each side is computed without knowing the other.
+FOLDS_VALUES = ("folded_values", "folded")
+FOLDS_OUTPUT = ("folded_output", "folded")
 
 # A block of the blocked path stays in the cache of one core, and is long enough for its products to be efficient.
 BLOCK_BYTES = 4 << 20
