@@ -1,10 +1,13 @@
 """Attention on tokens: to themselves, across, and to contexts that were kept."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import efficient_attention as ea
@@ -120,6 +123,46 @@ def test_reset_parameters_restores_the_initialization():
     module.reset_parameters()
     assert not module.reprojection.weight.any()
     assert not torch.equal(module.keys.weight, old)
+
+
+def reset_every_layer(module):
+    """As FSDP and others initialize what was built on the meta device: each module by itself, parents first."""
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+
+
+@pytest.mark.parametrize("kind", [ea.EfficientAttention, ea.EfficientAttention2d, ea.NonLocal2d])
+def test_zero_init_survives_whoever_resets_every_layer(kind):
+    module = kind(12, init="zero", residual=True)
+    x = torch.randn(2, 12, 12) if kind is ea.EfficientAttention else torch.randn(2, 12, 5, 4)
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    materialized = kind(12, init="zero", residual=True, device="meta").to_empty(device="cpu")
+    for each in (module, *copies, materialized):
+        reset_every_layer(each)
+        assert torch.equal(each(x), x)
+        # Nothing is different about the layer for those who look at it.
+        assert type(each.reprojection) is type(each.values)
+        assert list(each.reprojection.state_dict()) == ["weight", "bias"]
+    # Copies reset themselves, and not what they were copied from.
+    nn.init.ones_(module.reprojection.weight)
+    reset_every_layer(copies[0])
+    assert module.reprojection.weight.all()
+
+    ordinary = kind(12, init="official", residual=True)
+    reset_every_layer(ordinary)
+    assert not torch.equal(ordinary(x), x)
+
+
+def test_modules_free_their_memory_at_once():
+    module = ea.EfficientAttention(12, init="zero")
+    weight = weakref.ref(module.reprojection.weight)
+    gc.disable()
+    try:
+        del module
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_are_equal():

@@ -7,6 +7,7 @@ value channels of all heads. Paper: Shen et al. 2021, Sec. 3.2 and Fig. 1.
 
 from __future__ import annotations
 
+import weakref
 from typing import ClassVar
 
 import torch
@@ -83,18 +84,20 @@ class ProjectedAttention(nn.Module):
         self.values = features.build_projection(source_channels, value_channels, **options)
         self.reprojection = features.build_projection(value_channels, in_channels, **options)
         if init == "zero":
-            self._zero_reprojection()
+            self._start_at_zero(self.reprojection)
 
     def reset_parameters(self) -> None:
         """Initialize all parameters anew, as the constructor did."""
         for projection in (self.keys, self.queries, self.values, self.reprojection):
             projection.reset_parameters()
         if self.init == "zero":
-            self._zero_reprojection()
+            self._start_at_zero(self.reprojection)
 
-    def _zero_reprojection(self) -> None:
-        for parameter in self.reprojection.parameters():
-            nn.init.zeros_(parameter)
+    @staticmethod
+    def _start_at_zero(layer: Projection) -> None:
+        # Whoever resets all layers of a network comes to this one after us.
+        layer.reset_parameters = _Zeroing(layer)  # type: ignore[method-assign]
+        layer.reset_parameters()
 
     def _with_residual(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y if self.residual else y
@@ -109,6 +112,25 @@ class ProjectedAttention(nn.Module):
         parts += [f"num_heads={self.num_heads}", f"normalization={self.normalization!r}"]
         parts += [f"residual={self.residual}", f"init={self.init!r}"]
         return ", ".join(parts)
+
+
+class _Zeroing:
+    """A ``reset_parameters`` for one layer, whose class stays that of PyTorch.
+
+    The layer is held weakly: in a cycle it would keep its memory until the next garbage collection.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self._layer = weakref.ref(layer)
+
+    def __call__(self) -> None:
+        layer = self._layer()
+        assert layer is not None, "the layer calls its own attribute"
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+
+    def __reduce__(self) -> tuple:
+        return _Zeroing, (self._layer(),)
 
 
 class DotProductModule(ProjectedAttention):
