@@ -602,11 +602,11 @@ def in_a_row(*modules):
             "must return a tensor; got tuple",
         ),
         (
-            lambda: in_a_row(nn.LayerNorm(12)),
-            "0",
+            lambda: in_a_row(nn.Conv2d(3, 12, 1), nn.LayerNorm(12)),
+            "1",
             {},
             ValueError,
-            r"got \(2, 3, 16, 12\), which the layers in it do not show",
+            r"got \(2, 12, 16, 12\), which the layers in it do not show",
         ),
         (
             lambda: in_a_row(nn.Flatten(2), nn.ReLU()),

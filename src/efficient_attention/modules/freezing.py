@@ -11,11 +11,15 @@ from torch import nn
 
 from ..ops.planner import FOLDS_OUTPUT, FOLDS_VALUES, MODULE_ORDERS
 from .multihead import MultiheadEfficientAttention
+from .non_local import EfficientNonLocal
 from .projected import EfficientModule
+from .vision_transformer import ViTEfficientAttention
 
 __all__ = ["freeze"]
 
-Plannable = EfficientModule | MultiheadEfficientAttention
+Plannable = (
+    EfficientModule | MultiheadEfficientAttention | ViTEfficientAttention | EfficientNonLocal
+)
 
 
 def freeze(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ..ops.arguments import check_option, check_size
 from ..ops.functional import NORMALIZATIONS, cheapest_order
 from ..ops.planner import OPERATOR_ORDERS
 from ..ops.reference import attention_weights
+from .key_weights import split_mask, weigh
 
 __all__ = ["MultiheadEfficientAttention"]
 
@@ -171,11 +172,11 @@ class MultiheadEfficientAttention(nn.Module):
             query, key, value = self._transposed(query, key, value)
 
         q, k, v = self._project(query, key, value)  # [B, N, E], [B, M, E], [B, M, E]
-        mask, log_weight = self._split_mask(key_padding_mask, k.dtype)
+        mask, log_weight = split_mask(_attends(key_padding_mask), k.dtype)
         k, v, mask = self._append(k, v, mask)
         if mask is not None and log_weight is not None:
             appended = k.shape[1] - log_weight.shape[1]  # each counts once
-            k = self._weigh(k, mask, F.pad(log_weight, (0, appended)))
+            k = weigh(k, mask, F.pad(log_weight, (0, appended)), self.normalization)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         output = efficient_attention(
             q, k, v, key_mask=mask, normalization=self.normalization, order=self.order
@@ -232,27 +233,6 @@ class MultiheadEfficientAttention(nn.Module):
             return self.in_proj_weight.chunk(3)
         apart = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         return [weight for weight in apart if weight is not None]
-
-    @staticmethod
-    def _split_mask(
-        key_padding_mask: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Which keys attend (bool), and the logarithm of their weights, from PyTorch's bool or float masks."""
-        if key_padding_mask is None:
-            return None, None
-        if key_padding_mask.dtype == torch.bool:
-            return ~key_padding_mask, None
-        # -inf, or the lowest number of a dtype, which many use for it.
-        attends = key_padding_mask.to(dtype) > torch.finfo(dtype).min
-        return attends, key_padding_mask.masked_fill(~attends, 0).to(dtype)
-
-    def _weigh(self, k: Tensor, mask: Tensor, log_weight: Tensor) -> Tensor:
-        """Keys of which position m counts ``exp(log_weight[m])`` times."""
-        if self.normalization == "softmax":
-            return k + log_weight.unsqueeze(-1)
-        weight = log_weight.exp().masked_fill(~mask, 0)
-        share = mask.sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1e-30)
-        return k * (weight * share).unsqueeze(-1).to(k.dtype)
 
     def _append(
         self, k: Tensor, v: Tensor, mask: Tensor | None
@@ -316,6 +296,13 @@ class MultiheadEfficientAttention(nn.Module):
             f"{self.embed_dim}, {self.num_heads}, batch_first={self.batch_first}, "
             f"normalization={self.normalization!r}, order={self.order!r}"
         )
+
+
+def _attends(key_padding_mask: Tensor | None) -> Tensor | None:
+    """PyTorch's bool masks are True on padding; ours, and float ones, are high where keys attend."""
+    if key_padding_mask is None or key_padding_mask.dtype != torch.bool:
+        return key_padding_mask
+    return ~key_padding_mask
 
 
 def _refuse_maps(attn_mask: Tensor | None, is_causal: bool) -> None:

@@ -61,14 +61,17 @@ def layout(model: nn.Module, name: str, options: dict[str, Any], output: Any) ->
     if dimensions is None:
         axis = _channel_axis(model.get_submodule(name), channels, shape)
         tokens = len(shape) == 3 and all(getattr(m, "batch_first", True) for m in model.modules())
-        dimensions = "tokens" if axis == -1 else len(shape) - 2
-        if axis == 0 or (axis == -1 and not tokens):
+        if axis == 0 or (axis == -1 and len(shape) == 3 and not tokens):
             raise ValueError(
-                f"{name!r} must return [B, C, ...] of 1 to 3 dimensions or batch-first tokens [B, N, C]; got {shape}, "
-                "which the layers in it do not show to be one. Give dimensions, or choose another place"
+                f"{name!r} must return [B, C, ...] or [B, ..., C] of 1 to 3 dimensions, or batch-first tokens "
+                f"[B, N, C]; got {shape}, which the layers in it do not show to be one. Give dimensions, or choose "
+                "another place"
             )
-    rank, axis = (3, -1) if dimensions == "tokens" else (2 + dimensions, 1)
-    if len(shape) != rank or channels not in (None, shape[axis]):
+        last = "tokens" if len(shape) == 3 else "channels_last"
+        dimensions = last if axis == -1 else len(shape) - 2
+    ranks = {"tokens": (3,), "channels_last": (3, 4, 5)}.get(dimensions) or (2 + dimensions,)
+    axis = 1 if isinstance(dimensions, int) else -1
+    if len(shape) not in ranks or channels not in (None, shape[axis]):
         raise ValueError(f"{name!r} must return what fits {options}; got {shape}")
     return dimensions, shape[axis]
 
@@ -79,12 +82,18 @@ def _channel_axis(host: nn.Module, channels: Any, shape: tuple) -> int:
     for module in host.modules():
         second += [getattr(module, a, None) for a in ("out_channels", "num_features")]
         last += [getattr(module, a, None) for a in ("out_features", "embedding_dim", "embed_dim")]
-        last += getattr(module, "normalized_shape", ())[-1:]
+        normalized = getattr(module, "normalized_shape", ())
+        last += normalized if len(normalized) == 1 else ()
+    if len(shape) not in (3, 4, 5):
+        return 0
     # Layers of the right kind count first; then any, as a convolution whose output is flattened to tokens.
     for of_second, of_last in ((second, last), (second + last, second + last)):
-        if len(shape) in (3, 4, 5) and (shape[1] in of_second) != (shape[-1] in of_last):
-            return 1 if shape[1] in of_second else -1
-    return 1 if len(shape) in (4, 5) else 0
+        if shape[1] in of_second and shape[-1] not in of_last:
+            return 1
+        if shape[-1] in of_last and shape[1] not in of_second:
+            # As many rows as channels: a layer made for C says nothing of which is which.
+            return 0 if len(shape) > 3 and shape[1] == shape[-1] else -1
+    return 1 if len(shape) > 3 else 0
 
 
 def placement(model: nn.Module, name: str) -> dict[str, Any]:

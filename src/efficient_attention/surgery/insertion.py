@@ -17,6 +17,7 @@ __all__ = ["insert", "remove"]
 
 _EFFICIENT: dict[Any, Any] = {n: getattr(modules, f"EfficientAttention{n}d") for n in (1, 2, 3)}
 _EFFICIENT["tokens"] = modules.EfficientAttention
+_EFFICIENT["channels_last"] = modules.EfficientAttentionChannelsLast
 _NON_LOCAL: dict[Any, Any] = {n: getattr(modules, f"NonLocal{n}d") for n in (1, 2, 3)}
 _KINDS = {"efficient": _EFFICIENT, "non_local": _NON_LOCAL}
 _DIMENSIONS = {kind: n for family in _KINDS.values() for n, kind in family.items()}
@@ -37,8 +38,9 @@ def insert(model: nn.Module, places: Places, *, example: Any = None, **defaults:
         model: any module; changed in place.
         places: ``{place: options}``, or places alone. A place is a module's qualified name, a pattern as in ``fnmatch``
             (``*`` crosses dots), or a predicate ``(name, module) -> bool``. Options: ``kind`` (``"efficient"`` or
-            ``"non_local"``); ``in_channels`` and ``dimensions`` (1, 2, 3 or ``"tokens"``), inferred if not given; those
-            of :class:`EfficientAttention2d`; on tokens ``bias``. Device and dtype are the host's.
+            ``"non_local"``); ``in_channels`` and ``dimensions``, inferred if not given: 1, 2 or 3, ``"tokens"``, or
+            ``"channels_last"`` for features ``[B, ..., C]``, as Swin transformers have them; those of
+            :class:`EfficientAttention2d`; where channels are last ``bias``. Device and dtype are the host's.
         example: an input, a tuple of positional ones or a dict of keyword ones, to infer from: a copy of the model, in
             eval mode, runs on it in fake tensors, which have shapes but neither values nor memory.
         defaults: options for all places; a place's own go first.
@@ -118,7 +120,7 @@ def _build(model: nn.Module, name: str, options: dict[str, Any], outputs: list[A
     dimensions, channels = found.pop() if found else (options["dimensions"], options["in_channels"])
     family = _KINDS[options.get("kind", "efficient")]
     if dimensions not in family:
-        raise ValueError(f"kind of {name!r} must be 'efficient' on tokens; got 'non_local'")
+        raise ValueError(f"kind of {name!r} must be 'efficient' on {dimensions}; got 'non_local'")
     own = {option: value for option, value in options.items() if option not in _WHERE}
     check_options(name, own, tuple(inspect.signature(family[dimensions]).parameters))
     own = {"residual": True, "init": "zero", **own, **placement(model, name)}

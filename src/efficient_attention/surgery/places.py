@@ -45,14 +45,14 @@ def choose(
     fit = {name: m for name, m in named.items() if not (passes_over and unfit(name, m))}
     chosen: dict[str, dict[str, Any]] = {}
     for place, own in places.items():
-        if callable(place):
-            found = [name for name, module in fit.items() if place(name, module)]
-        else:
-            found = [place] if place in named else fnmatch.filter(filter(None, fit), place)
+        found = [place] if place in named else _matching(place, fit)
         said = place if isinstance(place, str) else getattr(place, "__name__", place)
         if not found:
             near = difflib.get_close_matches(str(said), fit, n=3, cutoff=0)
-            raise ValueError(f"places must match modules; got {said!r}; near names: {near}")
+            unfitting = _first_unfitting(place, named, unfit)
+            raise ValueError(
+                f"places must match modules; got {said!r}; near names: {near}{unfitting}"
+            )
         for name in found:
             same = [other for other, module in named.items() if module is named[name]]
             shared = f"{same} are one module; copy it first" if len(same) > 1 else None
@@ -62,6 +62,18 @@ def choose(
             chosen[name] = {**(defaults or {}), **own}
             check_options(name, chosen[name], options)
     return chosen
+
+
+def _matching(place: Any, named: Mapping[str, nn.Module]) -> list[str]:
+    if callable(place):
+        return [name for name, module in named.items() if place(name, module)]
+    return fnmatch.filter(filter(None, named), place)
+
+
+def _first_unfitting(place: Any, named: Mapping[str, nn.Module], unfit: Callable) -> str:
+    for name in _matching(place, named):
+        return f"; {name!r} matches, but {unfit(name, named[name])}"
+    return ""
 
 
 def check_options(name: str, got: Iterable[str], known: tuple[str, ...]) -> None:

@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 from torch import nn
 
-from .. import modules
-from ..modules.folding import obstacle
-from .places import Places, build_at, choose
+from .places import Places, build_at, check_options, choose
+from .recognition import Candidate, recognise
 from .report import Change, Report
 
 __all__ = ["replace"]
-
-_EFFICIENT: dict[Any, Any] = {
-    nn.MultiheadAttention: modules.MultiheadEfficientAttention,
-    modules.NonLocal1d: modules.EfficientAttention1d,
-    modules.NonLocal2d: modules.EfficientAttention2d,
-    modules.NonLocal3d: modules.EfficientAttention3d,
-}
 
 
 def replace(model: nn.Module, places: Places, **defaults: Any) -> Report:
     """Replace attention of quadratic cost by efficient attention over the same parameters.
 
-    ``nn.MultiheadAttention`` becomes :class:`MultiheadEfficientAttention`, ``NonLocal1d/2d/3d`` becomes
-    ``EfficientAttention1d/2d/3d``. Parameters are moved, not copied, under the keys they had. A non-local block with
-    ``normalization="scaling"`` is the same map in another order: ``"exact"``. All else is ``"approximate"``, and
-    needs fine-tuning. Returns a :class:`Report`.
+    A module is known by its parts and by what a small random copy of it computes, whatever its class:
+
+    ======================================================  ===================================  ==================
+    module                                                  becomes                              outputs
+    ======================================================  ===================================  ==================
+    ``nn.MultiheadAttention``                               :class:`MultiheadEfficientAttention`  approximate
+    timm's ``Attention`` of vision transformers             :class:`ViTEfficientAttention`       approximate
+    :class:`NonLocal1d`, ``2d``, ``3d``                     :class:`EfficientAttention1d`, ...   exact for scaling
+    non-local blocks of mmcv, timm, Non-local_pytorch       :class:`EfficientNonLocal`           exact for scaling
+    denoising-diffusion-pytorch's ``LinearAttention``       :class:`DiffusionEfficientAttention`  exact
+    ======================================================  ===================================  ==================
+
+    Parameters and layers are moved, not copied, under the keys they had. The dot-product form of a non-local block is
+    ``normalization="scaling"``, the same map in another order: ``"exact"``. The embedded Gaussian, and all that is
+    ``"approximate"``, needs fine-tuning. ``nn.TransformerEncoder`` around a place stops using nested tensors, which
+    the report notes. Returns a :class:`Report`; after an error the model is as before.
 
     Args:
         model: any module; changed in place.
-        places: as in :func:`insert`; patterns and predicates consider what can be replaced. Options: ``normalization``
-            (default: the block's own; ``"softmax"`` for ``nn.MultiheadAttention``), ``order``, and ``dropout=0.0`` to
-            agree that ``nn.MultiheadAttention`` loses its dropout on weights, which are never built here.
+        places: as in :func:`insert`; patterns and predicates consider what can be replaced. Options, where the new
+            module has them: ``normalization`` (default: the block's own; ``"softmax"`` for transformers), ``order``,
+            and ``dropout=0.0`` to agree that a transformer's attention loses its dropout on weights, which are never
+            built here.
         defaults: options for all places; a place's own go first.
 
     Raises:
@@ -52,38 +58,41 @@ def replace(model: nn.Module, places: Places, **defaults: Any) -> Report:
 
     Paper: Shen et al. 2021, Sec. 3.3: equal to dot-product attention under scaling, approximate under softmax.
     """
+    recognised = cache(recognise)
+
+    def unfit(name: str, module: nn.Module) -> str | None:
+        found = recognised(module)
+        return found if isinstance(found, str) else None if name else "it is the model itself"
+
     options = ("normalization", "order", "dropout")
-    chosen = choose(
-        model, places, _unfit_to_replace, passes_over=True, options=options, defaults=defaults
-    )
-    twins = {n: build_at(n, _twin, model.get_submodule(n), given) for n, given in chosen.items()}
-    changes = []
-    for name, new in twins.items():
-        parent, _, leaf = name.rpartition(".")
-        old: Any = model.get_submodule(name)
-        setattr(model.get_submodule(parent), leaf, new.train(old.training))
-        tokens = isinstance(old, nn.MultiheadAttention)
-        exact = not tokens and old.normalization == new.normalization == "scaling"
-        what = f"{type(old).__name__} -> {type(new).__name__}"
-        where = ("tokens", old.embed_dim) if tokens else (old._dimensions, old.in_channels)
-        changes.append(Change(name, what, *where, 0, "exact" if exact else "approximate"))
-    return Report(tuple(changes))
+    chosen = choose(model, places, unfit, passes_over=True, options=options, defaults=defaults)
+    built = {}
+    for name, given in chosen.items():
+        candidate: Any = recognised(model.get_submodule(name))
+        check_options(name, given, tuple(inspect.signature(candidate.build).parameters))
+        built[name] = (candidate, *build_at(name, candidate.build, **given))
+    changes = tuple(_exchange(model, name, *found) for name, found in built.items())
+    return Report(changes, notes=tuple(_without_nested_tensors(model, built)))
 
 
-def _unfit_to_replace(name: str, module: nn.Module) -> str | None:
-    if type(module) not in _EFFICIENT:
-        return f"it is a {type(module).__name__}, not one of {[k.__name__ for k in _EFFICIENT]}"
-    return obstacle(module, type(module)) if name else "it is the model itself"
+def _exchange(
+    model: nn.Module, name: str, candidate: Candidate, new: nn.Module, exact: bool
+) -> Change:
+    parent, _, leaf = name.rpartition(".")
+    what = f"{type(model.get_submodule(name)).__name__} -> {type(new).__name__}"
+    setattr(model.get_submodule(parent), leaf, new)
+    outputs = "exact" if exact else "approximate"
+    return Change(name, what, candidate.dimensions, candidate.channels, 0, outputs)
 
 
-def _twin(old: Any, options: Mapping[str, Any]) -> nn.Module:
-    """The efficient module over the parameters of another."""
-    kind = _EFFICIENT[type(old)]
-    own = {o: getattr(old, o) for o in inspect.signature(kind).parameters if hasattr(old, o)}
-    if isinstance(old, nn.MultiheadAttention):
-        own |= {"bias": old.in_proj_bias is not None, "add_bias_kv": old.bias_k is not None}
-    new = kind(**{**own, **options, "device": "meta"})
-    for key, parameter in list(old.named_parameters()):
-        owner, _, leaf = key.rpartition(".")
-        setattr(new.get_submodule(owner), leaf, parameter)
-    return new
+def _without_nested_tensors(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """Turn them off in every ``nn.TransformerEncoder`` around the places, and say so."""
+    for name, encoder in model.named_modules():
+        if not isinstance(encoder, nn.TransformerEncoder) or not encoder.use_nested_tensor:
+            continue
+        if any(place.startswith(f"{name}." if name else "") for place in names):
+            encoder.use_nested_tensor = False
+            yield (
+                f"{name or 'the model'} makes no nested tensors of padded batches any more (use_nested_tensor=False); "
+                "outputs on padding are no longer zeroed"
+            )

@@ -22,11 +22,13 @@ class Report(NamedTuple):
     """What :func:`insert`, :func:`replace` or :func:`remove` did, which is not in the paper; ``print`` shows a table.
 
     Args:
-        changes: for each place its ``name``, ``what`` was done, ``dimensions`` (1, 2, 3 or ``"tokens"``), ``channels``,
-            ``parameters`` added (negative: taken away), and what the model's ``outputs`` are now: ``"unchanged"`` bit
-            for bit, ``"exact"`` up to rounding, ``"approximate"``, ``"changed"``, or ``"restored"``.
+        changes: for each place its ``name``, ``what`` was done, ``dimensions`` (1, 2, 3, ``"tokens"`` or
+            ``"channels_last"``), ``channels``, ``parameters`` added (negative: taken away), and what the model's
+            ``outputs`` are now: ``"unchanged"`` bit for bit, ``"exact"`` up to rounding, ``"approximate"``,
+            ``"changed"``, or ``"restored"``.
         new_keys: what the model's state_dict has gained.
         removed_keys: what it has lost.
+        notes: what else was changed.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))
@@ -38,6 +40,7 @@ class Report(NamedTuple):
     changes: tuple[Change, ...]
     new_keys: tuple[str, ...] = ()
     removed_keys: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [Change._fields, *(tuple(map(str, change)) for change in self.changes)]
@@ -46,4 +49,4 @@ class Report(NamedTuple):
         for text, keys in (("new", self.new_keys), ("removed", self.removed_keys)):
             owners = dict.fromkeys(f"{key.rpartition(CHILD)[0]}{CHILD}.*" for key in keys)
             lines += [f"{len(keys)} {text} state_dict keys: {', '.join(owners)}"] if keys else []
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
