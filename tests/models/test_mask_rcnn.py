@@ -143,6 +143,14 @@ def test_without_independence_batch_mates_change_the_detections(padding):
 
 
 @torch.no_grad()
+def test_in_torchvisions_own_network_batch_mates_change_the_detections():
+    plain = torchvision_network("mask_rcnn_resnet50_fpn").double().eval()
+    image, mate = (x.double() for x in pictures((50, 40), (60, 90)))
+    (alone,), (found, _) = plain([image]), plain([image, mate])
+    assert (found["scores"] - alone["scores"]).abs().max() > 1e-6
+
+
+@torch.no_grad()
 def test_the_mask_alone_keeps_padding_out_of_attention():
     # One attention on the pixels themselves: what it adds inside the picture does not depend on the padding.
     model = awake(small(padding="masked", at=["fpn1"]))
