@@ -16,6 +16,10 @@ README = Path(__file__).parent.parent / "README.md"
 PUBLIC = {
     **{name: getattr(efficient_attention, name) for name in efficient_attention.__all__},
     "Context.merge": efficient_attention.Context.merge,
+    **{
+        name: getattr(efficient_attention.modules, name)
+        for name in ("DiffusionEfficientAttention", "EfficientNonLocal")
+    },
     **{f"memory.{name}": getattr(memory, name) for name in memory.__all__},
     **{
         f"planner.{name}": getattr(planner, name)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import Context, attend, summarize
+from ..ops.arguments import check_size
 from .features import FeatureMaps
 
 __all__ = ["DiffusionEfficientAttention"]
@@ -54,7 +55,7 @@ class DiffusionEfficientAttention(nn.Module):
     ``forward(x)``: ``x`` is ``[B, C, *spatial]``. Returns its shape.
 
     Raises:
-        ValueError: an input of another shape.
+        ValueError: sizes that are not positive, an input of another shape.
 
     Example:
         >>> attention = DiffusionEfficientAttention(64, num_heads=4)
@@ -80,6 +81,11 @@ class DiffusionEfficientAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        sizes = {"in_channels": in_channels, "num_heads": num_heads, "head_channels": head_channels}
+        for name, size in sizes.items():
+            check_size(name, size)
+        if dimensions not in (1, 2, 3):
+            raise ValueError(f"dimensions must be 1, 2 or 3; got {dimensions!r}")
         inner = num_heads * head_channels
         placed: dict = {"device": device, "dtype": dtype}
         self.in_channels = in_channels

@@ -59,13 +59,12 @@ def import_attention(
     Paper: Shen et al. 2021, Sec. 3.2.
     """
     state = _under(prefix, state_dict)
-    missing = {kind: [key for key in kind if key not in state] for kind in (_AUTHORS, _DIFFUSION)}
-    kind = min(missing, key=lambda kind: len(missing[kind]) / len(kind))
-    unknown = [key for key in state if key not in kind]
-    if missing[kind] or unknown:
+    kind = max((_AUTHORS, _DIFFUSION), key=lambda kind: len(state.keys() & kind))
+    missing, unknown = [k for k in kind if k not in state], [k for k in state if k not in kind]
+    if missing or unknown:
         raise ValueError(
-            f"state_dict must hold, under prefix {prefix!r}, just {list(_AUTHORS)} or {list(_DIFFUSION)}; "
-            f"got {list(state_dict)[:20]}, where {missing[kind]} are missing and {unknown[:20]} are unknown"
+            f"state_dict must hold, under prefix {prefix!r}, all of {list(_AUTHORS)} or all of {list(_DIFFUSION)}, and "
+            f"nothing else; {missing} are missing and {unknown[:20]} are unknown. In a live network use replace()"
         )
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):

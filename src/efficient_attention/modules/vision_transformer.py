@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import efficient_attention
-from ..ops.arguments import check_option
+from ..ops.arguments import check_option, check_size
 from ..ops.functional import NORMALIZATIONS, cheapest_order
 from ..ops.planner import OPERATOR_ORDERS
 from .folding import obstacle
@@ -89,8 +89,10 @@ class ViTEfficientAttention(nn.Module):
         order: str = "auto",
     ):
         super().__init__()
-        if attn_head_dim is None and (num_heads < 1 or dim % num_heads):
-            raise ValueError(f"dim must be a multiple of num_heads = {num_heads}; got {dim}")
+        check_size("dim", dim)
+        check_size("num_heads", num_heads)
+        if attn_head_dim is None and dim % num_heads:
+            raise ValueError(f"dim must be divisible by num_heads = {num_heads}; got {dim}")
         if attn_drop:
             raise NotImplementedError(
                 f"attn_drop must be 0: the N x M weights that it would drop from are never built; got {attn_drop}. "

@@ -42,17 +42,23 @@ def random_input(*shape: int) -> Tensor:
 
 def computes(module: nn.Module, x: Tensor, *maps: Callable[[Tensor], Tensor]) -> int | None:
     """Which of ``maps`` returns what ``module`` does, or ``None``: also if it cannot be run so."""
+    got = _outcome(module, x)
+    if not isinstance(got, Tensor):
+        return None
+    return next((i for i, f in enumerate(maps) if _are_same(got, _outcome(f, x))), None)
+
+
+def _outcome(f: Callable[[Tensor], Any], x: Tensor) -> Any:
     with torch.no_grad():
         try:
-            got = module(x)
+            return f(x)
         except Exception:
-            # Whatever it wants instead of float64 [B, ...] on the CPU, it is not what its parts suggest.
+            # What wants another shape, or cannot be put together, is not what its parts suggest.
             return None
-        return next((i for i, f in enumerate(maps) if _are_same(got, f(x))), None)
 
 
-def _are_same(got: Any, expected: Tensor) -> bool:
-    if not isinstance(got, Tensor) or got.shape != expected.shape:
+def _are_same(got: Tensor, expected: Any) -> bool:
+    if not isinstance(expected, Tensor) or got.shape != expected.shape:
         return False
     return bool((got - expected).abs().max() <= _TOLERANCE * expected.abs().max())
 

@@ -94,32 +94,28 @@ def _non_local(old: Any) -> Candidate | str | None:
 def _vision_transformer(old: Any) -> Candidate | str | None:
     if not (_has(old, "qkv", "proj") and isinstance(getattr(old, "num_heads", None), int)):
         return None
-    sizes: Any = (getattr(old.qkv, size, None) for size in ("in_features", "out_features"))
-    dim, inner = sizes
+    dim, packed = getattr(old.qkv, "in_features", 0), getattr(old.qkv, "out_features", 0)
     dropout_layer = getattr(old, "attn_drop", nn.Identity())
     parts = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop")
     reason = (
         _surplus(old, parts)
         or _surplus_arguments(old, ("x", "attn_mask", "is_causal"))
-        or (None if dim and inner else "its qkv is not a linear layer")
+        or (None if dim and packed else "its qkv is not a linear layer")
         or obstacle(dropout_layer, type(dropout_layer))
     )
     if reason:
         return reason
 
     def surround(block: Any, **options: Any) -> Any:
-        head_dim = inner // (3 * block.num_heads)
-        new = modules.ViTEfficientAttention(
-            dim, block.num_heads, head_dim, device="meta", **options
-        )
+        heads = block.num_heads
+        head_dim = packed // (3 * heads)
+        new = modules.ViTEfficientAttention(dim, heads, head_dim, device="meta", **options)
         return _with_children_of(block, new, parts)
 
-    def dot_product(x: Tensor) -> Tensor:
-        new = surround(twin)
-        return new.surround(partial(dot_product_attention, scale=new.head_dim**-0.5), x)
-
     twin = random_copy(old)
-    if computes(twin, random_input(2, 5, dim), dot_product) is None:
+    around = surround(twin)
+    dot_product = partial(dot_product_attention, scale=around.head_dim**-0.5)
+    if computes(twin, random_input(2, 5, dim), partial(around.surround, dot_product)) is None:
         return "it does not compute dot-product attention of tokens [B, N, C], as its parts suggest"
 
     def build(
