@@ -34,11 +34,12 @@ def masked(model: nn.Module, key_mask: Tensor | None) -> Iterator[None]:
         ValueError: there is no attention of its number of dimensions in the model.
 
     Example:
-        >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 2, stride=2), EfficientAttention2d(8))
+        >>> attention = efficient_attention.EfficientAttention2d(8)
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 2, stride=2), attention)
         >>> pictures = torch.randn(2, 3, 64, 64)
         >>> inside = torch.ones(2, 64, 64, dtype=torch.bool)
         >>> inside[1, 40:] = False
-        >>> with masked(network, inside):
+        >>> with efficient_attention.masked(network, inside):
         ...     y = network(pictures)
 
     Not part of the paper, which does not treat padding.
