@@ -26,6 +26,8 @@ class Context(NamedTuple):
     ranks in any order. A context of no keys has ``mean = 0`` and ``log_weight = -inf``; queries get 0 from it.
 
     Being a named tuple it is a pytree: it passes through ``torch.compile``, collectives and data-parallel wrappers.
+    It is two tensors and nothing else: it does not know its normalization. Contexts of one normalization merged with,
+    or attended to under, the other give numbers without meaning and no error.
 
     Attributes:
         mean: ``[B, H, Dk, Dv]``, float32 (float64 for float64 inputs).
