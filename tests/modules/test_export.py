@@ -97,6 +97,75 @@ def test_onnx_model_gives_the_same_numbers_at_every_size(normalization, order, t
         torch.testing.assert_close(torch.from_numpy(got), module(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+class Host(nn.Module):
+    """A network of somebody else, with every kind of module inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.map = ea.EfficientAttention2d(8, init="official")
+        self.baseline = ea.NonLocal2d(8, init="official")
+        self.tokens = ea.EfficientAttention(8, 2)
+        self.multihead = ea.MultiheadEfficientAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.baseline(self.map(self.stem(x)))
+        tokens = x.flatten(2).transpose(1, 2)
+        across, _ = self.multihead(tokens, tokens, tokens, need_weights=False)
+        return self.tokens(across, context=tokens)
+
+
+def test_symbolic_traces_hold_a_module_as_one_operation():
+    host = Host().eval()
+    traced = torch.fx.symbolic_trace(torch.fx.symbolic_trace(host))
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == ["stem", "map", "baseline", "multihead", "tokens"]
+    for size in (9, 40):
+        x = torch.randn(2, 3, size, size)
+        assert torch.equal(traced(x), host(x))
+
+
+def test_features_are_extracted_from_a_host():
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    host, x = Host().eval(), torch.randn(2, 3, 9, 9)
+    features = extraction.create_feature_extractor(host, ["map", "tokens"])(x)
+    assert torch.equal(features["map"], host.map(host.stem(x)))
+    assert torch.equal(features["tokens"], host(x))
+
+
+@pytest.mark.parametrize("kind", [ea.EfficientAttention2d, ea.NonLocal2d, ea.EfficientAttention])
+def test_a_symbolic_trace_of_nothing_else_is_refused(kind):
+    with pytest.raises(NotImplementedError, match=f"{kind.__name__} is one operation to torch.fx"):
+        torch.fx.symbolic_trace(kind(8))
+
+
+# The tracer warns of every check of a shape.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+@pytest.mark.parametrize("order", ["auto", "linear", "folded", "quadratic"])
+def test_a_jit_trace_serves_every_size_and_trains(normalization, order):
+    module = model(normalization=normalization, order=order, dtype=torch.float64)
+    traced = torch.jit.trace(module, torch.randn(2, 6, 9, 13, dtype=torch.float64))
+    for height, width in SIZES:
+        x = torch.randn(3, 6, height, width, dtype=torch.float64)
+        got, expected = traced(x), module(x)
+        torch.testing.assert_close(got, expected, **EXACT)
+        parameters = tuple(module.parameters())
+        torch.testing.assert_close(
+            torch.autograd.grad(got.sin().sum(), parameters),
+            torch.autograd.grad(expected.sin().sum(), parameters),
+            **EXACT,
+        )
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_jit_trace_of_multihead_attention_serves_every_length():
+    module = ea.MultiheadEfficientAttention(8, 2, batch_first=True, add_zero_attn=True).double()
+    traced = torch.jit.trace(module, (torch.randn(2, 9, 8).double(),) * 3)
+    x = torch.randn(3, 40, 8, dtype=torch.float64)
+    torch.testing.assert_close(traced(x, x, x), module(x, x, x), **EXACT)
+
+
 def test_module_runs_in_deterministic_mode_bit_for_bit():
     module, x = model(), torch.randn(2, 6, 30, 30, requires_grad=True)
     runs = []

@@ -9,6 +9,7 @@ from ..ops import Context
 from ..ops.arguments import check_size
 from .features import Tokens
 from .projected import EfficientModule
+from .tracing import one_operation
 
 __all__ = ["EfficientAttention"]
 
@@ -88,6 +89,7 @@ class EfficientAttention(EfficientModule):
             dtype=dtype,
         )
 
+    @one_operation
     def forward(
         self, x: Tensor, context: Tensor | Context | None = None, *, key_mask: Tensor | None = None
     ) -> Tensor:

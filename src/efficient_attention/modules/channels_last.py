@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .features import Tokens, _checked_mask
 from .projected import EfficientModule
+from .tracing import one_operation
 
 __all__ = ["EfficientAttentionChannelsLast"]
 
@@ -106,6 +107,7 @@ class EfficientAttentionChannelsLast(EfficientModule):
             dtype=dtype,
         )
 
+    @one_operation
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """Let every position of ``x [B, ..., C]`` attend to all of them; see the class."""
         return self._run(x, x, key_mask)

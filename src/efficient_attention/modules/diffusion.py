@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..ops import Context, attend, summarize
 from ..ops.arguments import check_size
 from .features import FeatureMaps
+from .tracing import one_operation
 
 __all__ = ["DiffusionEfficientAttention"]
 
@@ -105,6 +106,7 @@ class DiffusionEfficientAttention(nn.Module):
             ChannelNorm(in_channels, dimensions, **placed),
         )
 
+    @one_operation
     def forward(self, x: Tensor) -> Tensor:
         """Let every position of ``x`` attend to all of them and to the memory; see the class."""
         features, heads = self._features, self.num_heads

@@ -15,6 +15,7 @@ from ..ops.functional import NORMALIZATIONS, cheapest_order
 from ..ops.planner import OPERATOR_ORDERS
 from ..ops.reference import attention_weights
 from .key_weights import split_mask, weigh
+from .tracing import one_operation
 
 __all__ = ["MultiheadEfficientAttention"]
 
@@ -150,6 +151,7 @@ class MultiheadEfficientAttention(nn.Module):
             if appended is not None:
                 nn.init.xavier_normal_(appended)
 
+    @one_operation
     def forward(
         self,
         query: Tensor,

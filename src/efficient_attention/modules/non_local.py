@@ -11,6 +11,7 @@ from ..ops.arguments import check_option
 from ..ops.functional import NORMALIZATIONS, cheapest_order
 from ..ops.planner import OPERATOR_ORDERS
 from .features import FeatureMaps
+from .tracing import one_operation
 
 __all__ = ["EfficientNonLocal"]
 
@@ -75,6 +76,7 @@ class EfficientNonLocal(nn.Module):
         self._inputs = (query, key, value)
         self._output = tuple(output)
 
+    @one_operation
     def forward(self, x: Tensor) -> Tensor:
         """Let every position of ``x`` attend to all of them; see the class."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..ops import Context, attend, dot_product_attention, efficient_attention, summarize
 from ..ops.arguments import check_option, check_size
-from ..ops.functional import NORMALIZATIONS
+from ..ops.functional import NORMALIZATIONS, is_traced, serves_every_length
 from ..ops.planner import FOLDS_OUTPUT, FOLDS_VALUES, MODULE_ORDERS, Cost, cheapest, module_costs
 from .features import Features, Projection, coarsen
 from .folding import fold_output, fold_values, obstacle
@@ -260,7 +260,7 @@ class EfficientModule(ProjectedAttention):
                 raise NotImplementedError(f"order={self.order!r}: {reason}; use order='auto'")
             return self.order
         lengths = [n for n in (queries, keys) if n is not None]
-        if torch.compiler.is_compiling():
+        if serves_every_length():
             lengths = [_LONG]
         return cheapest(
             self.costs(lengths[0], lengths[-1]),
@@ -357,7 +357,9 @@ class EfficientModule(ProjectedAttention):
 
     def _with_key_bias(self, x: Tensor) -> Tensor:
         """Give an idle key bias its gradient, zero, in place of the rounding noise that optimizers would amplify."""
-        if not torch.is_grad_enabled() or not self._key_bias_is_idle():
+        # A trace is checked without gradients against itself with them.
+        differentiable = torch.is_grad_enabled() or is_traced()
+        if not differentiable or not self._key_bias_is_idle():
             return x
         bias = self.keys.bias
         return x if bias is None else x + bias.mul(0).sum().to(x.dtype)

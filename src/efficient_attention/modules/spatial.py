@@ -14,6 +14,7 @@ from torch import Tensor
 from ..ops.arguments import check_size
 from .features import FeatureMaps
 from .projected import DotProductModule, EfficientModule, ProjectedAttention
+from .tracing import one_operation
 
 __all__ = [
     "EfficientAttention1d",
@@ -61,6 +62,7 @@ class _OnFeatureMaps(ProjectedAttention):
 
 
 class _EfficientAttentionNd(_OnFeatureMaps, EfficientModule):
+    @one_operation
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """Let every position of ``x [B, C, *spatial]`` attend to all of them; see the class."""
         return self._run(x, x, key_mask)
@@ -120,6 +122,7 @@ class EfficientAttention3d(_EfficientAttentionNd):
 
 
 class _NonLocalNd(_OnFeatureMaps, DotProductModule):
+    @one_operation
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """Let every position of ``x [B, C, *spatial]`` attend to all of them; see the class."""
         return self._run(x, key_mask)

@@ -14,6 +14,7 @@ from ..ops.functional import NORMALIZATIONS, cheapest_order
 from ..ops.planner import OPERATOR_ORDERS
 from .folding import obstacle
 from .key_weights import split_mask, weigh
+from .tracing import one_operation
 
 __all__ = ["ViTEfficientAttention"]
 
@@ -121,6 +122,7 @@ class ViTEfficientAttention(nn.Module):
         self.proj = nn.Linear(inner, dim if dim_out is None else dim_out, bias=proj_bias, **placed)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    @one_operation
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:

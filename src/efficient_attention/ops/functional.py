@@ -55,8 +55,8 @@ def efficient_attention(
             weights have no linear form: there is no N x M map to apply them to.
         normalization: ``"softmax"`` or ``"scaling"``.
         order: ``"linear"``, ``"quadratic"`` (``(rho_q(Q) rho_k(K)^T) V``, the same values, cheaper for fewer than
-            about ``2 Dk Dv / (Dk + Dv)`` positions) or ``"auto"``: the one with fewer multiply-adds. A program
-            that is compiled or exported serves every length, so ``"auto"`` is ``"linear"`` there.
+            about ``2 Dk Dv / (Dk + Dv)`` positions) or ``"auto"``: the one with fewer multiply-adds. A program that
+            is compiled, exported or traced serves every length, so ``"auto"`` is ``"linear"`` there.
         backend: ``"blocked"`` (bounded memory, any device), ``"reference"`` (the plain equations) or ``"auto"``:
             what serves the tensors best; second derivatives, forward mode and ``torch.func`` always work.
 
@@ -164,7 +164,7 @@ def attend(
     Args:
         query: ``[B, H, N, Dk]``, float16, bfloat16, float32 or float64, any strides; N may be 0.
         context: as :func:`summarize` returns it, on the device of ``query``.
-        normalization: the one that the context was summarized with.
+        normalization: the one that the context was summarized with, which it does not tell: nothing checks this.
         num_groups: the softmax runs within each of this many equal groups of a query's channels. With the contexts
             of G heads stacked along Dk this returns the sum of the heads' outputs, without ever holding them apart.
         backend: as in :func:`efficient_attention`.
@@ -287,11 +287,21 @@ def _fused_softmax_attention(
     return output[..., :value_channels]
 
 
+def serves_every_length() -> bool:
+    """Whether what runs now is being recorded, to run for other lengths too: compiled, exported or traced."""
+    return torch.compiler.is_compiling() or is_traced()
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` is recording, to which no Python operator and no comparison of sizes is known."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
 def cheapest_order(
     *, heads: int, queries: int, keys: int, key_channels: int, value_channels: int
 ) -> str:
     """What ``order="auto"`` is for these sizes; shared with the modules."""
-    if torch.compiler.is_compiling():
+    if serves_every_length():
         return "linear"
     costs = operator_costs(
         heads=heads,
@@ -310,8 +320,9 @@ def _is_plain(backend: str) -> bool:
     reason = library.serves_plain_tensors_only()
     if reason is not None and backend != "auto":
         raise NotImplementedError(f"backend={backend!r}: {reason}; use backend='auto'")
-    # An exported program must run where this package is not installed.
-    return reason is not None or (backend == "auto" and torch.compiler.is_exporting())
+    # A program that is exported or traced must run where this package is not installed.
+    recorded = torch.compiler.is_exporting() or is_traced()
+    return reason is not None or (backend == "auto" and recorded)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
