@@ -41,6 +41,7 @@ OPS = {
 }
 # Beside the standard library and torch: who may import what.
 THIRD_PARTY = {
+    "data": {"PIL", "numpy", "torchvision"},
     "models": {"huggingface_hub", "safetensors", "torchvision"},
     "demo": {"PIL", "numpy", "skimage"},
     "visualize": {"PIL", "matplotlib", "numpy"},
