@@ -118,6 +118,50 @@ def test_attending_to_nothing_gives_zero_and_finite_gradients(
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
+@pytest.mark.parametrize(("order", "backend"), WAYS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_channel_without_weight_gives_zero_and_finite_gradients(order, backend, masked):
+    query, key, value = make_inputs()
+    key[:, :, :, 3] = -torch.inf
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    mask = torch.rand(2, 53) > 0.3 if masked else None
+    output = efficient_attention(*leaves, key_mask=mask, order=order, backend=backend)
+    # Every other channel is as it was, and this one adds nothing.
+    weights = query.softmax(-1)[..., [0, 1, 2, 4, 5, 6, 7]]
+    others = key[..., [0, 1, 2, 4, 5, 6, 7]]
+    if masked:
+        others = others.masked_fill(~mask[:, None, :, None], -torch.inf)
+    expected = weights @ (others.softmax(-2).mT @ value)
+    torch.testing.assert_close(output, expected, **EXACT)
+    got, gradients = (torch.autograd.grad(x.sin().sum(), leaves) for x in (output, expected))
+    torch.testing.assert_close(got, gradients, **EXACT)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_channel_without_weight_is_empty_and_merges_as_such(backend, masked, short_blocks):
+    _, key, value = make_inputs()
+    key[:, :, :20, 3] = -torch.inf
+    mask = torch.rand(2, 53) > 0.3 if masked else torch.ones(2, 53, dtype=torch.bool)
+    whole = summarize(key, value, key_mask=mask, backend=backend)
+    left, right = (
+        summarize(key[:, :, n], value[:, :, n], key_mask=mask[:, n], backend=backend)
+        for n in (slice(20), slice(20, None))
+    )
+    assert not left.mean[..., 3, :].any()
+    assert (left.log_weight[..., 3] == -torch.inf).all()
+    torch.testing.assert_close(left.merge(right), whole, **EXACT)
+
+
+@pytest.mark.parametrize(("order", "backend"), WAYS)
+def test_keys_that_are_not_numbers_show(order, backend):
+    query, key, value = make_inputs()
+    for bad in (torch.nan, torch.inf):
+        key[..., 3] = -torch.inf
+        key[:, :, 7, 3] = bad
+        assert efficient_attention(query, key, value, order=order, backend=backend).isnan().all()
+
+
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_one_sample_without_keys_does_not_disturb_the_other(normalization):
     query, key, value = make_inputs(requires_grad=True)

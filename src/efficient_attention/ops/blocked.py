@@ -61,7 +61,7 @@ def _summarize_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weigh = _weigh_softmax if normalization == "softmax" else _weigh_scaling
     weighted, shift, total = weigh(key, value, mask, blocks)
-    mean = weighted.div_(_divisor(total, mask).unsqueeze(-1))
+    mean = weighted.div_(_divisor(total).unsqueeze(-1))
     return mean, total.log() + shift, shift, total
 
 
@@ -70,9 +70,8 @@ def _weigh_softmax(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``sum_m w v``, shift and ``sum_m w``."""
     shift = _fold(torch.maximum, lambda n: _load(key, mask, n, -torch.inf).amax(-2), blocks)
-    if mask is not None:
-        # Where every key is masked: -inf - -inf would be NaN.
-        shift = shift.masked_fill(shift == -torch.inf, 0)  # [b, H, Dk]
+    # Where no key has any weight: -inf - -inf would be NaN.
+    shift = shift.clamp(min=torch.finfo(shift.dtype).min)  # [b, H, Dk]
 
     def weigh(n: slice) -> tuple[Tensor, Tensor]:
         weights = (_load(key, mask, n, -torch.inf) - shift.unsqueeze(-2)).exp_()  # [b, H, n, Dk]
@@ -111,7 +110,7 @@ def summarize_backward(
     d_key, d_value = empty_gradient(key, needs[0]), empty_gradient(value, needs[1])
     softmax = normalization == "softmax"
     # Dividing d_mean by the total, of the size of a context, spares dividing every weight.
-    total = _divisor(total, key_mask)
+    total = _divisor(total)
     correction = (d_mean * mean).sum(-1)  # [B, H, Dk]
     if d_log_weight is not None:
         correction = correction - d_log_weight
@@ -250,6 +249,6 @@ def _mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[rows]
 
 
-def _divisor(total: Tensor, mask: Tensor | None) -> Tensor:
-    """The total weight, or 1 where every key is masked."""
-    return total if mask is None else total.masked_fill(total == 0, 1)
+def _divisor(total: Tensor) -> Tensor:
+    """The total weight, or 1 where nothing has any: the heaviest key alone weighs 1, as does each that is counted."""
+    return total.clamp(min=1)

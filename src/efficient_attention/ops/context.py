@@ -23,7 +23,8 @@ class Context(NamedTuple):
 
     where ``total`` is ``sum_m exp(k[m, c])`` for softmax and the number of keys for scaling. Its size does not
     depend on M. Merging is associative and commutative, so a context may be built from blocks, tiles, frames or
-    ranks in any order. A context of no keys has ``mean = 0`` and ``log_weight = -inf``; queries get 0 from it.
+    ranks in any order. A channel without weight, for want of keys or because all of them are -inf there, has
+    ``mean = 0`` and ``log_weight = -inf``; queries get 0 from it.
 
     Being a named tuple it is a pytree: it passes through ``torch.compile``, collectives and data-parallel wrappers.
     It is two tensors and nothing else: it does not know its normalization. Contexts of one normalization merged with,

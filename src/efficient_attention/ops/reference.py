@@ -56,22 +56,18 @@ def normalized_keys(
 ) -> tuple[Tensor, Tensor]:
     """``rho_k(K)``: softmax over positions, or K / M; and the logarithm of what it was divided by."""
     key = _accumulable(key)
-    attended = None if key_mask is None else key_mask.unsqueeze(-1)  # [B, H, M, 1]
     if normalization == "scaling":
-        key = _attended(key, key_mask)
-        if attended is None:
-            count = torch.full_like(key[:, :, :1], key.shape[-2])
-        else:
-            count = attended.to(key.dtype).sum(-2, keepdim=True).expand_as(key[:, :, :1])
-        return key / count.clamp(min=1), count.log().squeeze(-2)
-    if attended is None:
-        return key.softmax(-2), key.logsumexp(-2)
-    # Where every key is masked the logits are set to 0 first: softmax of nothing but -inf has no gradient.
-    some = attended.any(-2, keepdim=True)
-    logits = key.masked_fill(~attended, -torch.inf).masked_fill(~some, 0)
-    weights = logits.softmax(-2).masked_fill(~attended, 0)
-    log_weight = logits.logsumexp(-2).masked_fill(~some.squeeze(-2), -torch.inf)
-    return weights, log_weight
+        count = torch.full_like(key[:, :, :1], key.shape[-2])
+        if key_mask is not None:
+            count = key_mask.sum(-1)[..., None, None].to(key.dtype).expand_as(count)
+        return _attended(key, key_mask) / count.clamp(min=1), count.log().squeeze(-2)
+    logits = key if key_mask is None else key.masked_fill(~key_mask.unsqueeze(-1), -torch.inf)
+    # A channel without any weight is an empty one, whether by the mask or by its keys: merged with others it changes
+    # nothing. Its logits are set to 0 first, because softmax of nothing but -inf has no gradient.
+    empty = (logits == -torch.inf).all(-2, keepdim=True)
+    logits = logits.masked_fill(empty, 0)
+    log_weight = logits.logsumexp(-2).masked_fill(empty.squeeze(-2), -torch.inf)
+    return logits.softmax(-2).masked_fill(empty, 0), log_weight
 
 
 def dot_product_attention(
