@@ -8,6 +8,7 @@ suggested equations do.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,18 +23,24 @@ def random_copy(module: nn.Module) -> nn.Module:
     """A copy in evaluation mode, in float64 on the CPU, with random parameters and buffers; small, whatever the device.
 
     Random, because blocks are often initialized to return their input, and because ``module`` may be on ``meta``.
+
+    Raises:
+        ValueError: it cannot be copied.
     """
     generator = torch.Generator().manual_seed(0)
     drawn: dict[int, Any] = {}
     for parameter in module.parameters():
-        fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-        values = _normal(tuple(parameter.shape), generator) * fan_in**-0.5
+        fan_in = math.prod(parameter.shape[1:])
+        values = _normal(tuple(parameter.shape), generator) / max(fan_in, 1) ** 0.5
         drawn[id(parameter)] = nn.Parameter(values, requires_grad=False)
     for buffer in module.buffers():
         # Positive, as variances are.
         if buffer.is_floating_point():
             drawn[id(buffer)] = _normal(tuple(buffer.shape), generator).abs() + 0.5
-    return copy.deepcopy(module, drawn).eval()
+    try:
+        return copy.deepcopy(module, drawn).eval()
+    except Exception as error:
+        raise ValueError(f"it cannot be copied, to see what it computes: {error}") from error
 
 
 def random_input(*shape: int) -> Tensor:

@@ -49,7 +49,11 @@ class Candidate(NamedTuple):
 def recognise(module: nn.Module) -> Candidate | str:
     """How to replace a module, or why it cannot be."""
     for family in (_multihead, _non_local, _vision_transformer, _foreign_non_local, _diffusion):
-        found = family(module)
+        found: Candidate | str | None
+        try:
+            found = family(module)
+        except ValueError as error:
+            found = str(error)
         if found is not None:
             return obstacle(module, type(module)) or found
     return (
