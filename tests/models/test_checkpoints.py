@@ -61,6 +61,16 @@ def test_what_may_be_missing_keeps_its_values_and_is_named():
     assert holds(network, {**before, **state(3)})
 
 
+def test_what_is_ignored_is_neither_unexpected_nor_loaded():
+    model = nn.Linear(2, 3)
+    bias = model.bias.detach().clone()
+    weights = {"weight": torch.ones(3, 2), "bias": torch.ones(7), "fc.weight": torch.ones(1)}
+    missing = load_checkpoint(model, weights, ignore=["fc.*", "bias"], allow_missing=["bias"])
+    assert missing == ("bias",)
+    assert torch.equal(model.weight, torch.ones(3, 2))
+    assert torch.equal(model.bias, bias)
+
+
 def test_counters_of_old_files_may_be_missing():
     network, weights = model(), state(3)
     del weights["1.num_batches_tracked"]

@@ -25,6 +25,7 @@ def load_checkpoint(
     *,
     prefix: str = "",
     allow_missing: Iterable[str] = (),
+    ignore: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """Load the weights of a file into a model: all that were asked for, or none.
 
@@ -38,6 +39,7 @@ def load_checkpoint(
             ``module.`` (of ``DataParallel``) and ``_orig_mod.`` (of ``torch.compile``) before all keys are dropped.
         prefix: only keys that begin so count, without it: ``"network."`` for the part of a larger model.
         allow_missing: keys, or patterns as in ``fnmatch``, that the checkpoint may lack; they keep their values.
+        ignore: keys, or patterns, that are not taken from the checkpoint: ``fc.*`` for a classifier's body alone.
 
     Returns:
         The keys that were allowed to be missing, and were.
@@ -55,11 +57,12 @@ def load_checkpoint(
     """
     origin = str(checkpoint) if isinstance(checkpoint, str | Path) else "the given state_dict"
     content = _read(Path(checkpoint)) if isinstance(checkpoint, str | Path) else checkpoint
-    weights = _weights(content, prefix, origin)
+    weights, left_out = _weights(content, prefix, origin), tuple(ignore)
+    weights = {key: value for key, value in weights.items() if not _matches(key, left_out)}
     own = model.state_dict()
     optional = (*allow_missing, *_ALWAYS_OPTIONAL)
     absent = [key for key in own if key not in weights]
-    allowed = tuple(key for key in absent if any(fnmatch.fnmatchcase(key, p) for p in optional))
+    allowed = tuple(key for key in absent if _matches(key, optional))
     problems = {
         "missing": [key for key in absent if key not in allowed],
         "unexpected": [key for key in weights if key not in own],
@@ -115,6 +118,10 @@ def _weights(content: Any, prefix: str, origin: str) -> dict[str, Tensor]:
         )
         raise ValueError(f"{origin} must hold a state_dict of tensors; got {what}")
     return weights
+
+
+def _matches(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _some(names: list[str], shown: int = 6) -> str:
