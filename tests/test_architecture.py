@@ -13,7 +13,7 @@ PACKAGE = Path(efficient_attention.__file__).parent
 
 # Each layer may import from the layers above its own line, and from itself.
 LAYERS = [
-    {"memory", "testing"},
+    {"errors", "memory", "testing"},
     {"ops"},
     {"modules"},
     {"surgery"},

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from .demo.errors import InputError
+from .errors import InputError
 
 __all__ = ["main"]
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..memory import peak_bytes
 from ..modules import attend_tiles
 from ..visualize import Facts, Panel, attention_map, draw_panels, overlay, template_maps
 from .costs import Cost, compare, in_words, table
-from .errors import InputError
 from .model import Bands, PhotoAttention, fit
 from .photo import bundled_photo, pixels_of, read_photo, shrink, to_image
 from .progress import Progress

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
