@@ -33,6 +33,25 @@ def test_zero_initialization_is_the_identity():
     assert torch.equal(EfficientAttentionChannelsLast(8)(x), x)
 
 
+def test_a_mask_for_the_whole_network_hides_padding():
+    module = EfficientAttentionChannelsLast(8, init="official").double()
+    x = torch.randn(2, 8, 6, 8, dtype=torch.float64)
+    inside = torch.ones(2, 16, 12, dtype=torch.bool)
+    inside[1, 8:] = False
+    with ea.masked(module, inside):
+        y = module(x)
+        torch.testing.assert_close(module(x[:, 0]), module(x[:, 0], key_mask=inside[:, 0, :6]))
+    torch.testing.assert_close(y[1, :4], module(x[1:, :4])[0], rtol=1e-12, atol=1e-12)
+
+
+def test_the_order_is_planned_for_all_positions():
+    module = EfficientAttentionChannelsLast(8, init="official")
+    assert module.planned_order(torch.randn(1, 2, 2, 8)) == "quadratic"
+    assert module.planned_order(torch.randn(1, 2, 50, 8)) == module.planned_order(
+        torch.randn(1, 100, 8)
+    )
+
+
 def test_contexts_of_tiles_merge():
     module = EfficientAttentionChannelsLast(8, init="official").double()
     x = torch.randn(1, 6, 10, 8, dtype=torch.float64)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from efficient_attention import masked
 from efficient_attention.modules import DiffusionEfficientAttention
 from efficient_attention.testing import assert_as_precise_as_plain
 
@@ -51,6 +52,16 @@ def test_the_memory_is_the_same_for_every_sample():
     x = torch.randn(3, 6, 5, 4)
     alone = torch.cat([module(sample) for sample in x.split(1)])
     torch.testing.assert_close(module(x), alone)
+
+
+def test_a_mask_for_the_whole_network_hides_padding_and_not_the_memory():
+    module = DiffusionEfficientAttention(6, 2, 4).double()
+    x = torch.randn(2, 6, 8, 6, dtype=torch.float64)
+    inside = torch.ones(2, 16, 12, dtype=torch.bool)
+    inside[1, 8:] = False
+    with masked(module, inside):
+        y = module(x)
+    torch.testing.assert_close(y[1, :, :4], module(x[1:, :, :4])[0], rtol=1e-12, atol=1e-12)
 
 
 def test_memory_formats_are_taken_and_kept():

@@ -53,6 +53,18 @@ def test_low_precision_is_as_precise_as_the_plain_equations(dtype):
     assert_as_precise_as_plain(block(x.to(dtype)), plain(block, x.to(dtype)), truth, str(dtype))
 
 
+def test_a_mask_for_the_whole_network_hides_padding_behind_its_pooling():
+    block = EfficientNonLocal(layers(), **ROLES, normalization="softmax").double().eval()
+    x = torch.randn(2, 6, 8, 6, dtype=torch.float64)
+    inside = torch.ones(2, 16, 12, dtype=torch.bool)
+    inside[1, 8:] = False
+    expected = block(x[1:, :, :4])[0]
+    with ea.masked(nn.Sequential(block), inside):
+        torch.testing.assert_close(block(x)[1, :, :4], expected, rtol=1e-12, atol=1e-12)
+    with ea.masked(nn.Sequential(block, ea.EfficientAttention1d(6)), inside[:, 0]):
+        torch.testing.assert_close(block(x), plain(block, x), rtol=1e-12, atol=1e-12)
+
+
 def test_layers_keep_their_names_and_their_order():
     given = layers()
     block = EfficientNonLocal(given, **ROLES, normalization="scaling")

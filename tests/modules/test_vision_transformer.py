@@ -123,6 +123,13 @@ def test_an_idle_key_bias_gets_no_gradient_and_a_normalized_one_does():
         assert bias_v.abs().max() > 0
 
 
+def test_the_output_is_dropped_from_in_training_alone():
+    block = ViTEfficientAttention(12, 3, proj_drop=0.5)
+    x = torch.randn(X)
+    assert 0.2 < (block(x) == 0).float().mean() < 0.8
+    assert (block.eval()(x) != 0).all()
+
+
 def test_hooks_of_the_packed_projection_run():
     block, seen = ViTEfficientAttention(12, 3, qkv_bias=True), []
     block.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))

@@ -162,6 +162,15 @@ def test_parts_stay_the_same_objects_in_their_own_modes():
     assert model[0].planned_order(torch.randn(1, 6, 64, 64)) == "linear"
 
 
+def test_a_transformers_parts_stay_in_their_own_modes():
+    block = Attention(12, 3)
+    block.proj_drop.eval()
+    model = nn.Sequential(block)
+    replace(model, "0")
+    assert model[0].training
+    assert not model[0].proj_drop.training
+
+
 def test_timms_non_local_block_is_known_by_its_letters():
     timm = pytest.importorskip("timm.layers")
     _, after, change = exchanged(timm.NonLocalAttn(16))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .features import Tokens, _checked_mask
+from .features import Tokens, _checked_mask, coarsen
 from .projected import EfficientModule
 from .tracing import one_operation
 
@@ -111,3 +111,9 @@ class EfficientAttentionChannelsLast(EfficientModule):
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """Let every position of ``x [B, ..., C]`` attend to all of them; see the class."""
         return self._run(x, x, key_mask)
+
+    def _key_mask(self, key_mask: Tensor | None, source: Tensor) -> Tensor | None:
+        shared = self.shared_mask
+        if key_mask is None and shared is not None and shared.dim() == source.dim() - 1:
+            key_mask = coarsen(shared, source.shape[1:-1])
+        return None if key_mask is None else self._features.key_mask(key_mask, like=source)

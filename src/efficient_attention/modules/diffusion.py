@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import Context, attend, summarize
 from ..ops.arguments import check_size
-from .features import FeatureMaps
+from .features import FeatureMaps, coarsen
 from .tracing import one_operation
 
 __all__ = ["DiffusionEfficientAttention"]
@@ -66,6 +66,8 @@ class DiffusionEfficientAttention(nn.Module):
     Paper: Shen et al. 2021, Sec. 3.2; the memory, the norms and the scale are not in it.
     """
 
+    #: See :func:`masked`.
+    shared_mask: Tensor | None = None
     norm: nn.Module
     to_out: nn.Module
     mem_kv: nn.Parameter | None
@@ -114,7 +116,9 @@ class DiffusionEfficientAttention(nn.Module):
         query, key, value = (
             features.split(part, heads) for part in self.to_qkv(self.norm(x)).chunk(3, dim=1)
         )
-        context = self._with_memory(summarize(key, value))
+        shared = self.shared_mask
+        key_mask = None if shared is None else coarsen(shared, x.shape[2:]).flatten(1)
+        context = self._with_memory(summarize(key, value, key_mask=key_mask))
         attended = attend(query, context) * self.head_channels**-0.5  # [B, H, N, Dv]
         y = self.to_out(features.join(attended, like=x))
         return x + y if self.residual else y

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .channels_last import EfficientAttentionChannelsLast
+from .diffusion import DiffusionEfficientAttention
 from .features import FeatureMaps
+from .non_local import EfficientNonLocal
 from .projected import ProjectedAttention
 
 __all__ = ["masked"]
@@ -23,8 +27,8 @@ def masked(model: nn.Module, key_mask: Tensor | None) -> Iterator[None]:
     that is given to a module itself goes first.
 
     Args:
-        model: any module with :class:`EfficientAttention2d`, :class:`NonLocal2d` or their 1-D and 3-D kin inside,
-            however it came there.
+        model: any module with attention over feature maps inside, however it came there: that of :func:`insert` and
+            :func:`replace`, but for attention on tokens.
         key_mask: bool ``[B, *spatial]``, True = attend, at the resolution of the model's input. Attention of the same
             number of dimensions takes it at its own resolution: a position counts if any pixel that it stands for does.
             None: no mask.
@@ -51,11 +55,7 @@ def masked(model: nn.Module, key_mask: Tensor | None) -> Iterator[None]:
         got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
         raise TypeError(f"key_mask must be a bool tensor [B, *spatial]; got {got}")
     features = FeatureMaps(key_mask.dim() - 1)
-    concerned = [
-        module
-        for module in model.modules()
-        if isinstance(module, ProjectedAttention) and module._features == features
-    ]
+    concerned: list[Any] = [module for module in model.modules() if _takes(module, features)]
     if not concerned:
         raise ValueError(
             f"key_mask must have the dimensions of attention in the model; got {tuple(key_mask.shape)}, and there is "
@@ -69,3 +69,11 @@ def masked(model: nn.Module, key_mask: Tensor | None) -> Iterator[None]:
     finally:
         for module, mask in zip(concerned, before, strict=True):
             module.shared_mask = mask
+
+
+def _takes(module: nn.Module, features: FeatureMaps) -> bool:
+    # These see how many dimensions they have when they are called, and pass over a mask of another number.
+    if isinstance(module, EfficientAttentionChannelsLast | EfficientNonLocal):
+        return True
+    takes_masks = isinstance(module, ProjectedAttention | DiffusionEfficientAttention)
+    return takes_masks and module._features == features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -10,7 +11,7 @@ from ..ops import efficient_attention
 from ..ops.arguments import check_option
 from ..ops.functional import NORMALIZATIONS, cheapest_order
 from ..ops.planner import OPERATOR_ORDERS
-from .features import FeatureMaps
+from .features import FeatureMaps, coarsen
 from .tracing import one_operation
 
 __all__ = ["EfficientNonLocal"]
@@ -50,6 +51,9 @@ class EfficientNonLocal(nn.Module):
     Paper: Shen et al. 2021, Sec. 3.3; Wang et al. 2018 (arXiv 1711.07971), Eq. 4.
     """
 
+    #: See :func:`masked`.
+    shared_mask: Tensor | None = None
+
     def __init__(
         self,
         layers: Mapping[str, nn.Module],
@@ -79,27 +83,27 @@ class EfficientNonLocal(nn.Module):
     @one_operation
     def forward(self, x: Tensor) -> Tensor:
         """Let every position of ``x`` attend to all of them; see the class."""
+        attention = partial(efficient_attention, normalization=self.normalization, order=self.order)
+        return self.surround(attention, x)
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return efficient_attention(
-                query, key, value, normalization=self.normalization, order=self.order
-            )
-
-        return self.surround(attend, x)
-
-    def surround(self, attention: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-        """The layers of this module around any attention over heads ``[B, 1, N, D]``."""
+    def surround(self, attention: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """The layers of this module around any attention over heads ``[B, 1, N, D]`` with a ``key_mask``."""
         if not isinstance(x, Tensor) or x.dim() not in (3, 4, 5):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x must have shape [B, C, ...] of 1 to 3 dimensions; got {got}")
         features = FeatureMaps(x.dim() - 2)
-        query, key, value = (
-            features.split(self.get_submodule(name)(x), 1) for name in self._inputs
-        )
-        y = features.join(attention(query, key, value), like=x)
+        maps = [self.get_submodule(name)(x) for name in self._inputs]
+        query, key, value = (features.split(part, 1) for part in maps)
+        y = features.join(attention(query, key, value, key_mask=self._key_mask(maps[1])), like=x)
         for name in self._output:
             y = self.get_submodule(name)(y)
         return x + y
+
+    def _key_mask(self, keys: Tensor) -> Tensor | None:
+        mask = self.shared_mask
+        if mask is None or mask.dim() != keys.dim() - 1:
+            return None
+        return coarsen(mask, keys.shape[2:]).flatten(1)
 
     def planned_order(self, x: Tensor) -> str:
         """The order in which ``forward`` computes for this input."""
