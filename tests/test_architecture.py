@@ -44,6 +44,7 @@ THIRD_PARTY = {
     "data": {"PIL", "numpy", "torchvision"},
     "models": {"huggingface_hub", "safetensors", "torchvision"},
     "demo": {"PIL", "numpy", "skimage"},
+    "training": {"pytorch_lightning"},
     "visualize": {"PIL", "matplotlib", "numpy"},
 }
 

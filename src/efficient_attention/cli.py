@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["demo", "no-such-photo.jpg"])
         2
     """
-    options = _build_parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         options.run(options)
     except (InputError, ImportError) as error:
@@ -69,6 +69,26 @@ def _demo(options: argparse.Namespace) -> None:
     )
 
 
+def _train(options: argparse.Namespace) -> None:
+    try:
+        from .training import command
+    except ModuleNotFoundError as error:
+        message = f"training needs {error.name}: pip install 'efficient-attention[train]'"
+        raise ImportError(message) from error
+    command.run(options.command, options.arguments)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # The recipes' own parser knows what may follow, and is built when it is needed.
+    if options.run is _train:
+        options.arguments = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
 def _build_parser() -> _Parser:
     from . import __version__
 
@@ -78,9 +98,19 @@ def _build_parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo,):
+    for add in (_add_demo, _add_training):
         add(commands)
     return parser
+
+
+def _add_training(commands: argparse._SubParsersAction) -> None:
+    for name, summary in (
+        ("fit", "train a network as a recipe says"),
+        ("validate", "evaluate a network on the validation data of a recipe"),
+        ("test", "evaluate a network on the test data of a recipe"),
+        ("predict", "write what a network predicts for the data of a recipe"),
+    ):
+        _add_command(commands, name, _train, summary, add_help=False)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -127,8 +157,12 @@ def _add_command(
     name: str,
     run: Callable[[argparse.Namespace], None],
     summary: str,
+    *,
+    add_help: bool = True,
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+    parser = commands.add_parser(
+        name, help=summary, description=summary.capitalize() + ".", add_help=add_help
+    )
     parser.set_defaults(run=run, command=name)
     return parser
 

@@ -1,0 +1,256 @@
+"""The commands ``fit``, ``validate``, ``test`` and ``predict``: a recipe, and what the command line changes of it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer, seed_everything
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.plugins.io import CheckpointIO
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from ..errors import InputError
+from .checkpointing import BEST, LAST, AtomicCheckpointIO, Checkpoints, read_checkpoint
+from .data import ClassificationData, Data, DetectionData, StereoData  # noqa: F401
+from .history import History, provenance
+from .predictions import Predictions
+from .progress import progress
+from .stereo import Stereo  # noqa: F401
+from .task import Task
+
+__all__ = ["Command", "run"]
+
+_CHECKPOINTS = "checkpoints"
+_KEYWORDS = {"best": BEST, "last": LAST}
+# What the parser says around the reason.
+_NOISE = re.compile(
+    r"Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
+    r"|Given value type: .*|Given value: .*"
+)
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run a command.
+
+    Args:
+        command: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        arguments: behind it on the command line: ``--config recipes/x.yaml``, and what is to be other than there.
+
+    Raises:
+        InputError: arguments, files or checkpoints that cannot be used.
+        SystemExit: with code 0, after help or the printed configuration.
+    """
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_no_advertisement)
+    torch.set_float32_matmul_precision("high")
+    with _told_in_one_line(MisconfigurationException):
+        Command(command, arguments)
+
+
+class Command(LightningCLI):
+    """One command: parses, builds and runs it.
+
+    A checkpoint brings the state of a run and none of its options: those are the recipe's and the command line's.
+
+    Args:
+        command: see :func:`run`.
+        arguments: see :func:`run`.
+    """
+
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        self._command = command
+        super().__init__(
+            Task,
+            Data,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=[command, *arguments],
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={"use_distributed_sampler": False},
+            parser_kwargs={
+                "prog": "efficient-attention",
+                "exit_on_error": False,
+                command: {"exit_on_error": False},
+            },
+        )
+
+    # Not the other commands' parsers, which take their time to build; and not the options that have one right value.
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command, and which arguments of the trainer's method are not the user's."""
+        ours = {"model", "datamodule", "weights_only", "return_predictions", "verbose"}
+        return {self._command: ours | {"dataloaders", "train_dataloaders", "val_dataloaders"}}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed."""
+        parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Where things are written, and when."""
+        parser.add_argument("--output", type=str, default="run", help="folder of the run")
+        parser.add_argument(
+            "--tensorboard", type=bool, default=False, help="write events for TensorBoard, too"
+        )
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.link_arguments("output", "checkpoint.folder", compute_fn=_checkpoints)
+        parser.link_arguments("seed", "model.init_args.seed")
+        parser.link_arguments("seed", "data.init_args.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and tell of what cannot be parsed in one line."""
+        with _told_in_one_line(argparse.ArgumentError, ValueError, TypeError, OSError):
+            self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint, and see that no other run is overwritten."""
+        options = self.config[self._command]
+        folder = Path(options.output)
+        given = options.ckpt_path
+        if given is not None:
+            options.ckpt_path = self._checkpoint(str(given), folder)
+        if options.ckpt_path is not None:
+            # It has all weights: those that the run began with may not even be there any more.
+            network = options.model.init_args.network
+            network.weights, network.weights_prefix, network.weights_into = None, "", ""
+            network.ignore = []
+        elif self._begins_a_run() and (folder / History.FILE).exists():
+            raise InputError(
+                f"output must be a new folder; {folder} holds a run. Add --ckpt_path last to go on with it"
+            )
+
+    def instantiate_classes(self) -> None:
+        """Build, and tell of what cannot be built in one line."""
+        with _told_in_one_line(MisconfigurationException, ValueError, TypeError, OSError):
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with our history, checkpoints and progress, and what the user adds."""
+        options = self.config_init[self._command]
+        folder, given = Path(options.output), options.trainer
+        callbacks = [progress()] if given.enable_progress_bar is not False else []
+        if self._command == "predict":
+            callbacks.append(Predictions(folder / "predictions"))
+        self.trainer_defaults["callbacks"] = callbacks
+        plugins = _as_list(given.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        kwargs = {"logger": self._loggers(folder), "plugins": plugins, **kwargs}
+        return super().instantiate_trainer(default_root_dir=str(folder), **kwargs)
+
+    def before_fit(self) -> None:
+        """Note where a run begins."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, History):
+                checkpoint = self.config_init.fit.ckpt_path
+                step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+                logger.add({"event": "start", "step": step, "from": checkpoint, **provenance()})
+
+    def after_validate(self) -> None:
+        """Note the scores."""
+        self._note_scores()
+
+    def after_test(self) -> None:
+        """Note the scores."""
+        self._note_scores()
+
+    def predict(self, **arguments: Any) -> None:
+        """Predict; what is predicted is on the disk and not kept."""
+        self.trainer.predict(return_predictions=False, **arguments)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the checkpoint's options do not count."""
+
+    def _set_seed(self) -> None:
+        seed_everything(self.config[self._command].seed, verbose=False)
+
+    def _checkpoint(self, given: str, folder: Path) -> str | None:
+        path = folder / _CHECKPOINTS / _KEYWORDS[given] if given in _KEYWORDS else Path(given)
+        if given == "last" and self._command == "fit" and not path.exists():
+            rank_zero_info(f"There is no {path}: a new run begins")
+            return None
+        with _told_in_one_line(ValueError, OSError):
+            read_checkpoint(path)
+        return str(path)
+
+    def _begins_a_run(self) -> bool:
+        options = self.config[self._command]
+        return self._command == "fit" and not options.trainer.fast_dev_run and _is_first_process()
+
+    def _loggers(self, folder: Path) -> list[Logger] | bool:
+        options = self.config_init[self._command]
+        given = options.trainer.logger
+        if given is False or self._command != "fit":
+            return False
+        own: list[Logger] = [History(folder)]
+        if options.tensorboard:
+            own.append(
+                TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
+            )
+        return own + ([] if given is True else _as_list(given))
+
+    def _note_scores(self) -> None:
+        options = self.config_init[self._command]
+        History(Path(options.output), f"{self._command}.jsonl").add(
+            {"from": options.ckpt_path, **self.model.scores, **provenance()}
+        )
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the configuration of a run; of a run that is resumed with another one, beside the first."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml``, or ``config-2.yaml``..., unless the last of them says the same."""
+        if stage != "fit":
+            return
+        text = self.parser.dump(self.config, skip_none=False)
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        number, path = 1, folder / "config.yaml"
+        while path.exists():
+            if path.read_text() == text:
+                return
+            number += 1
+            path = folder / f"config-{number}.yaml"
+        path.write_text(text)
+
+
+@contextmanager
+def _told_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        raise InputError(_one_line(str(error))) from error
+
+
+def _one_line(message: str) -> str:
+    lines = (line.strip() for line in message.splitlines())
+    return " ".join(line for line in lines if line and not _NOISE.fullmatch(line))
+
+
+def _checkpoints(output: str) -> str:
+    return str(Path(output) / _CHECKPOINTS)
+
+
+def _is_first_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _as_list(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless cloud" not in str(record.msg)

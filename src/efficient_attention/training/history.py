@@ -1,0 +1,99 @@
+"""What a run has measured, line by line, in a file that is only ever added to."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+__all__ = ["History", "provenance"]
+
+
+class History(Logger):
+    r"""A logger that adds JSON objects to ``history.jsonl``, one a line, and never takes one back.
+
+    A run that is resumed goes on in the same file: a line with ``"event": "start"`` says where, and the steps behind
+    the checkpoint come again. Of lines for the same step the last one counts.
+
+    Args:
+        folder: of the run.
+        file: in the folder.
+
+    Example:
+        >>> history = History(folder)
+        >>> history.log_metrics({"train/loss": 0.5}, step=1)
+        >>> Path(folder, "history.jsonl").read_text()
+        '{"step": 1, "train/loss": 0.5}\\n'
+    """
+
+    FILE: ClassVar[str] = "history.jsonl"
+
+    def __init__(self, folder: str | Path, file: str = FILE) -> None:
+        super().__init__()
+        self.path = Path(folder) / file
+
+    @property
+    def name(self) -> str:
+        """Nothing below the folder of the run."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Nothing below the folder of the run."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The folder of the run."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a line.
+
+        Args:
+            metrics: values by name.
+            step: how many the optimizer has taken.
+        """
+        self.add({"step": step, **{k: float(v) for k, v in metrics.items()}})
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any) -> None:
+        """Nothing: ``config.yaml`` has them."""
+
+    @rank_zero_only
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Add a line of whatever JSON can hold."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(line)) + "\n"
+        # One write of a file in append mode: a line is there or not, whatever happens meanwhile.
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(file, text.encode())
+        finally:
+            os.close(file)
+
+
+def provenance() -> dict[str, Any]:
+    """Where and by what numbers of this process come about."""
+    from .. import __version__
+
+    cuda = torch.cuda.is_available()
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "efficient_attention": __version__,
+    }

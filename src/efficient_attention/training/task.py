@@ -1,0 +1,179 @@
+"""What training is for every task: a network, how its weights change, random numbers, and what is written down."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from ..data.draws import seed_of
+from .data import Data
+from .merging import Metrics, merged_scores
+from .networks import NetworkOptions, differences
+from .optimization import Optimizer, Rates, Schedule
+
+__all__ = ["Task"]
+
+_CONFIGURATION = "network_configuration"
+
+
+class Task(LightningModule, ABC):
+    """Base of what can be trained: :class:`Classification`, :class:`Detection`, :class:`Stereo`.
+
+    A task says what the loss of a batch is, how predictions are counted, and how they are written. What a step does
+    depends on the weights, the seed, the epoch and the batch alone, so that a run that is resumed goes on as if it had
+    never stopped, to the bit where the arithmetic of the device is deterministic.
+
+    Args:
+        network: which network.
+        optimizer: how its weights change.
+        schedule: the learning rate at every step.
+        ema_decay: of an exponential moving average of the weights, which is then what is evaluated and what checkpoints
+            hold as ``state_dict``; None: no average.
+        seed: of the random numbers inside a step.
+    """
+
+    #: The value of validation that says which checkpoint is best, and whether ``"max"`` or ``"min"`` of it is.
+    monitor: ClassVar[tuple[str, Literal["max", "min"]]]
+
+    def __init__(
+        self,
+        network: NetworkOptions,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        *,
+        ema_decay: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1; got {ema_decay}")
+        self.network: Any = network.build()
+        self.seed = seed
+        self._optimizer, self._schedule, self._ema_decay = optimizer, schedule, ema_decay
+        self._metrics: Metrics | None = None
+        #: Of the last evaluation, by name, with the protocol where there are several.
+        self.scores: dict[str, Any] = {}
+
+    @abstractmethod
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """The parts of the loss of a batch, by name; training descends on their sum."""
+
+    @abstractmethod
+    def new_metrics(self, dataset: Any) -> Metrics:
+        """What counts the predictions for a data set, before the first of them."""
+
+    @abstractmethod
+    def evaluate(self, batch: Any, metrics: Any) -> None:
+        """Count the predictions for a batch."""
+
+    @abstractmethod
+    def write_predictions(self, outputs: Any, folder: Path) -> list[dict[str, Any]]:
+        """Write what ``predict_step`` returned, and say it in records that JSON can hold, each with a ``name``."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        losses = self.losses(batch)
+        total = torch.stack(list(losses.values())).sum()
+        parts = {f"train/loss_{name}": loss.detach() for name, loss in losses.items()}
+        logged = {"train/loss": total.detach(), **(parts if len(losses) > 1 else {})}
+        self.log_dict(logged, batch_size=1, sync_dist=True)
+        (rate, *_) = (group["lr"] for group in self.optimizers().optimizer.param_groups)  # type: ignore[union-attr]
+        self.log("train/lr", rate, batch_size=1)
+        return total
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Count the predictions for a batch."""
+        self.evaluate(batch, self._metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Count the predictions for a batch."""
+        self.evaluate(batch, self._metrics)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to count."""
+        self._metrics = self.new_metrics(self._data.dataset("val"))
+
+    def on_test_epoch_start(self) -> None:
+        """Begin to count."""
+        self._metrics = self.new_metrics(self._data.dataset("test"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was counted."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was counted."""
+        self._log_scores("test")
+
+    def on_train_start(self) -> None:
+        """Set the learning rate, now that the length of an epoch is known."""
+        rates = self.lr_schedulers()
+        assert isinstance(rates, Rates)
+        rates.apply()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Start the random numbers of a step from its place alone."""
+        torch.manual_seed(seed_of(self.seed, self.current_epoch, batch_idx, self.global_rank))
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the learning rate of every step."""
+        optimizer = self._optimizer.build(self.network)
+        rates = Rates(optimizer, self._factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": rates, "interval": "step", "name": "train/lr"},
+        }
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The moving average."""
+        return [] if self._ema_decay is None else [EMAWeightAveraging(decay=self._ema_decay)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the network's configuration."""
+        checkpoint[_CONFIGURATION] = self.network.configuration
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say how the network of the checkpoint differs from this one; this one's options count."""
+        there: Mapping[str, Any] = checkpoint.get(_CONFIGURATION, {})
+        for option, (theirs, ours) in differences(there, self.network.configuration).items():
+            rank_zero_info(
+                f"The network of the checkpoint has {option}={theirs!r}; here {ours!r} counts"
+            )
+
+    @property
+    def _data(self) -> Data:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, Data):
+            raise TypeError(f"datamodule must be a {Data.__name__}; got {type(data).__name__}")
+        return data
+
+    def _log_scores(self, stage: str) -> None:
+        assert self._metrics is not None
+        self.scores = merged_scores(self._metrics)
+        values = {f"{stage}/{k}": v for k, v in self.scores.items() if isinstance(v, int | float)}
+        # They are the same on all processes: their largest is what they are, to the bit.
+        self.log_dict(values, batch_size=1, sync_dist=True, reduce_fx="max")
+
+    def _factor(self, step: int) -> float:
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        # Before the data is there, only the first step is asked for, and on_train_start asks again.
+        if not math.isfinite(batches):
+            return self._schedule.factor(0, steps_per_epoch=1, total_steps=1)
+        steps_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+        ends = []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            ends.append(trainer.max_epochs * steps_per_epoch)
+        if trainer.max_steps >= 0:
+            ends.append(trainer.max_steps)
+        total_steps = min(ends, default=None)
+        return self._schedule.factor(step, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
