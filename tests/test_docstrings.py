@@ -10,6 +10,7 @@ import torch
 
 import efficient_attention
 from efficient_attention import memory
+from efficient_attention.models import disparity, psmnet
 from efficient_attention.ops import planner
 
 README = Path(__file__).parent.parent / "README.md"
@@ -21,6 +22,8 @@ PUBLIC = {
         for name in ("DiffusionEfficientAttention", "EfficientNonLocal")
     },
     **{f"memory.{name}": getattr(memory, name) for name in memory.__all__},
+    **{f"disparity.{name}": getattr(disparity, name) for name in disparity.__all__},
+    "psmnet.PSMNet": psmnet.PSMNet,
     **{
         f"planner.{name}": getattr(planner, name)
         for name in ("cheapest", "crossover", "module_costs", "operator_costs")
