@@ -113,6 +113,9 @@ def test_other_initializations_are_reported_as_changes():
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), "1", (1, 3, 4, 5), 2, 4),
         (nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)), "1", (2, 3, 7), 1, 4),
         (nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), "1", (2, 7, 6), "tokens", 4),
+        (nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), "1", (2, 7, 5, 6), "channels_last", 4),
+        (nn.Sequential(nn.LayerNorm(4)), "0", (2, 7, 5, 3, 4), "channels_last", 4),
+        (nn.Sequential(nn.LayerNorm([3, 7, 6])), "0", (2, 3, 7, 6), 2, 3),
         (
             nn.Sequential(
                 nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Flatten(2), Returns(lambda x: x.mT))
@@ -131,6 +134,21 @@ def test_dimensions_and_channels_are_those_that_flow(model, place, shape, dimens
     report = insert(model, place, example=x)
     assert report.changes[0][2:4] == (dimensions, channels)
     assert torch.equal(model(x), expected)
+
+
+def test_channels_may_be_said_to_be_last():
+    model, x = nn.Sequential(nn.Linear(12, 12), nn.ReLU()), torch.randn(2, 12, 5, 12)
+    expected = model(x)
+    with pytest.raises(ValueError, match="which the layers in it do not show"):
+        insert(model, "0", example=x)
+    insert(model, {"0": {"dimensions": "channels_last"}}, example=x)
+    insert(model, {"1": {"dimensions": "channels_last", "in_channels": 12, "bias": False}})
+    assert torch.equal(model(x), expected)
+    kinds = {type(layer.inserted_attention) for layer in model}
+    assert kinds == {ea.EfficientAttentionChannelsLast}
+    options = {"dimensions": "channels_last", "kind": "non_local"}
+    with pytest.raises(ValueError, match="kind of '0' must be 'efficient' on channels_last"):
+        insert(nn.Sequential(nn.Linear(12, 12)), {"0": options}, example=x)
 
 
 def test_given_dimensions_and_channels_need_no_example():

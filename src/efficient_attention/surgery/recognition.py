@@ -29,6 +29,8 @@ _FOREIGN_NON_LOCAL = (
     ("theta", "phi", "g", ("conv_out",)),  # mmcv
     ("t", "p", "g", ("z", "norm")),  # timm
 )
+# Of the random inputs: odd, and more than what a window would hold.
+_EXTENTS = (11, 9, 5)
 
 
 class Candidate(NamedTuple):
@@ -119,7 +121,7 @@ def _vision_transformer(old: Any) -> Candidate | str | None:
     twin = random_copy(old)
     around = surround(twin)
     dot_product = partial(dot_product_attention, scale=around.head_dim**-0.5)
-    if computes(twin, random_input(2, 5, dim), partial(around.surround, dot_product)) is None:
+    if computes(twin, random_input(2, 23, dim), partial(around.surround, dot_product)) is None:
         return "it does not compute dot-product attention of tokens [B, N, C], as its parts suggest"
 
     def build(
@@ -184,7 +186,7 @@ def _form_of_non_local(
         *(partial(dot_product_attention, scale=scale) for scale in scales),
     ]
     maps = [partial(block.surround, attention) for attention in attentions]
-    found = computes(twin, random_input(2, channels, *(6, 5, 4)[:dimensions]), *maps)
+    found = computes(twin, random_input(2, channels, *_EXTENTS[:dimensions]), *maps)
     return None if found is None else "softmax" if found else "scaling"
 
 
@@ -211,7 +213,7 @@ def _diffusion(old: Any) -> Candidate | str | None:
 
     twin = random_copy(old)
     maps = [surround(twin, residual) for residual in (False, True)]
-    found = computes(twin, random_input(2, channels, *(6, 5, 4)[:dimensions]), *maps)
+    found = computes(twin, random_input(2, channels, *_EXTENTS[:dimensions]), *maps)
     if found is None:
         return "it does not compute linear attention over a memory, as its parts suggest"
     return Candidate(dimensions, channels, lambda: (surround(old, residual=bool(found)), True))

@@ -21,15 +21,15 @@ def replace(model: nn.Module, places: Places, **defaults: Any) -> Report:
 
     A module is known by its parts and by what a small random copy of it computes, whatever its class:
 
-    ======================================================  ===================================  ==================
-    module                                                  becomes                              outputs
-    ======================================================  ===================================  ==================
-    ``nn.MultiheadAttention``                               :class:`MultiheadEfficientAttention`  approximate
-    timm's ``Attention`` of vision transformers             :class:`ViTEfficientAttention`       approximate
-    :class:`NonLocal1d`, ``2d``, ``3d``                     :class:`EfficientAttention1d`, ...   exact for scaling
-    non-local blocks of mmcv, timm, Non-local_pytorch       :class:`EfficientNonLocal`           exact for scaling
-    denoising-diffusion-pytorch's ``LinearAttention``       :class:`DiffusionEfficientAttention`  exact
-    ======================================================  ===================================  ==================
+    ================================================= ============================================= =================
+    module                                            becomes                                       outputs
+    ================================================= ============================================= =================
+    ``nn.MultiheadAttention``                         :class:`MultiheadEfficientAttention`          approximate
+    timm's ``Attention`` of vision transformers       :class:`ViTEfficientAttention`                approximate
+    :class:`NonLocal1d`, ``2d``, ``3d``               :class:`EfficientAttention1d`, ``2d``, ``3d`` exact for scaling
+    non-local blocks of mmcv, timm, Non-local_pytorch :class:`EfficientNonLocal`                    exact for scaling
+    denoising-diffusion-pytorch's ``LinearAttention`` :class:`DiffusionEfficientAttention`          exact
+    ================================================= ============================================= =================
 
     Parameters and layers are moved, not copied, under the keys they had. The dot-product form of a non-local block is
     ``normalization="scaling"``, the same map in another order: ``"exact"``. The embedded Gaussian, and all that is
