@@ -41,10 +41,11 @@ OPS = {
 }
 # Beside the standard library and torch: who may import what.
 THIRD_PARTY = {
-    "data": {"PIL", "numpy", "torchvision"},
+    "data": {"PIL", "numpy", "pycocotools", "torchvision"},
+    "metrics": {"faster_coco_eval", "numpy", "pycocotools"},
     "models": {"huggingface_hub", "safetensors", "torchvision"},
     "demo": {"PIL", "numpy", "skimage"},
-    "training": {"pytorch_lightning"},
+    "training": {"numpy", "pytorch_lightning"},
     "visualize": {"PIL", "matplotlib", "numpy"},
 }
 
