@@ -129,6 +129,12 @@ def _epoch(number):
     return batches
 
 
+def test_behind_the_last_batch_is_before_the_next_epoch():
+    here = loader()
+    list(here)
+    assert here.state_dict() == {"epoch": 1, "batch": 0}
+
+
 def test_the_length_of_a_resumed_loader_is_that_of_an_epoch():
     here = loader()
     here.load_state_dict({"epoch": 2, "batch": 9})
