@@ -87,7 +87,10 @@ def create_model(
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that :func:`create_model` knows, and that match a pattern as in ``fnmatch``.
+    """Names that :func:`create_model` knows.
+
+    Args:
+        pattern: those that match, as in ``fnmatch``.
 
     Example:
         >>> list_models("psmnet*")
