@@ -41,7 +41,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # A damaged file shows in as many ways as there are places to damage.
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(
             f"ckpt_path must be a whole checkpoint; {path} ({size} bytes) cannot be read: {reason}"
         ) from error

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
@@ -20,14 +20,20 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from ..errors import InputError
 from .checkpointing import BEST, LAST, AtomicCheckpointIO, Checkpoints, read_checkpoint
-from .data import ClassificationData, Data, DetectionData, StereoData  # noqa: F401
+from .classification import Classification
+from .data import ClassificationData, Data, DetectionData, StereoData
+from .detection import Detection
 from .history import History, provenance
 from .predictions import Predictions
 from .progress import progress
-from .stereo import Stereo  # noqa: F401
+from .stereo import Stereo
 from .task import Task
 
 __all__ = ["Command", "run"]
+
+# What a recipe may name without its module.
+TASKS = (Classification, Detection, Stereo)
+DATA = (ClassificationData, DetectionData, StereoData)
 
 _CHECKPOINTS = "checkpoints"
 _KEYWORDS = {"best": BEST, "last": LAST}
@@ -51,7 +57,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_no_advertisement)
-    torch.set_float32_matmul_precision("high")
+    # Of Lightning's own code, which a user can do nothing about.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     with _told_in_one_line(MisconfigurationException):
         Command(command, arguments)
 
@@ -235,7 +242,8 @@ def _told_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
 
 def _one_line(message: str) -> str:
     lines = (line.strip() for line in message.splitlines())
-    return " ".join(line for line in lines if line and not _NOISE.fullmatch(line))
+    told = " ".join(line.removeprefix("- ") for line in lines if not _NOISE.fullmatch(line))
+    return told.replace("are required:", "are required, as a recipe (--config recipes/...) has them:")
 
 
 def _checkpoints(output: str) -> str:

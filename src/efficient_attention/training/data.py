@@ -115,6 +115,17 @@ class Data(LightningDataModule, ABC):
         """Every sample once, over all processes."""
         return self._evaluation("predict")
 
+    def indices(self, batch: int, size: int) -> list[int]:
+        """Where in the data set the samples of a batch of evaluation are.
+
+        Args:
+            batch: its number on this process.
+            size: its samples.
+        """
+        index, count = self._process()
+        first = batch * self.eval_batch_size
+        return [index + count * i for i in range(first, first + size)]
+
     def state_dict(self) -> dict[str, int]:
         """What the order of samples follows from."""
         return {"seed": self.seed, "batch_size": self.batch_size}

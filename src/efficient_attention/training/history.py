@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -65,7 +66,8 @@ class History(Logger):
             metrics: values by name.
             step: how many the optimizer has taken.
         """
-        self.add({"step": step, **{k: float(v) for k, v in metrics.items()}})
+        # Values come as float32; the shortest numbers that are these.
+        self.add({"step": step, **{k: float(str(np.float32(v))) for k, v in metrics.items()}})
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any) -> None:

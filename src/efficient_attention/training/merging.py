@@ -8,8 +8,9 @@ from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-__all__ = ["Metrics", "merged_scores"]
+__all__ = ["Metrics", "broadcast_buffers", "merged_scores"]
 
 
 class Metrics(Protocol):
@@ -52,6 +53,17 @@ def merged_scores(metrics: Metrics) -> dict[str, Any]:
     if isinstance(result[0], ValueError):
         raise result[0]
     return result[0]
+
+
+def broadcast_buffers(network: nn.Module) -> None:
+    """Give all processes the running statistics of the first, so that all evaluate one network.
+
+    Args:
+        network: changed in place. All processes have to call this.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def _packed(metrics: Metrics) -> bytes:

@@ -47,13 +47,13 @@ class Predictions(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the list, of the predictions of all processes."""
+        assert isinstance(pl_module, Task)
         records = _of_all_processes(self._records)
         if trainer.is_global_zero:
+            records.sort(key=lambda record: record[pl_module.order])
             path = self.folder / "predictions.json"
             incomplete = path.with_suffix(".incomplete")
-            incomplete.write_text(
-                json.dumps(sorted(records, key=lambda record: str(record["name"])))
-            )
+            incomplete.write_text(json.dumps(records))
             incomplete.replace(path)
 
 

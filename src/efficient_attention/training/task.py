@@ -10,19 +10,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pytorch_lightning import Callback, LightningModule
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from ..data.draws import seed_of
+from ..errors import InputError
+from .averaging import MovingAverage
 from .data import Data
-from .merging import Metrics, merged_scores
+from .merging import Metrics, broadcast_buffers, merged_scores
 from .networks import NetworkOptions, differences
 from .optimization import Optimizer, Rates, Schedule
 
 __all__ = ["Task"]
 
-_CONFIGURATION = "network_configuration"
+_CONFIGURATION, _OPTIMIZER = "network_configuration", "optimizer"
 
 
 class Task(LightningModule, ABC):
@@ -43,6 +45,8 @@ class Task(LightningModule, ABC):
 
     #: The value of validation that says which checkpoint is best, and whether ``"max"`` or ``"min"`` of it is.
     monitor: ClassVar[tuple[str, Literal["max", "min"]]]
+    #: What the records of predictions are sorted by.
+    order: ClassVar[str] = "name"
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class Task(LightningModule, ABC):
             raise ValueError(f"ema_decay must be between 0 and 1; got {ema_decay}")
         self.network: Any = network.build()
         self.seed = seed
+        self._sharded = False
         self._optimizer, self._schedule, self._ema_decay = optimizer, schedule, ema_decay
         self._metrics: Metrics | None = None
         #: Of the last evaluation, by name, with the protocol where there are several.
@@ -77,7 +82,7 @@ class Task(LightningModule, ABC):
 
     @abstractmethod
     def write_predictions(self, outputs: Any, folder: Path) -> list[dict[str, Any]]:
-        """Write what ``predict_step`` returned, and say it in records that JSON can hold, each with a ``name``."""
+        """Write what ``predict_step`` returned, and say it in records that JSON can hold."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch."""
@@ -100,6 +105,7 @@ class Task(LightningModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Begin to count."""
+        broadcast_buffers(self.network)
         self._metrics = self.new_metrics(self._data.dataset("val"))
 
     def on_test_epoch_start(self) -> None:
@@ -134,12 +140,26 @@ class Task(LightningModule, ABC):
         }
 
     def configure_callbacks(self) -> list[Callback]:
-        """The moving average."""
-        return [] if self._ema_decay is None else [EMAWeightAveraging(decay=self._ema_decay)]
+        """The moving average, in training."""
+        if self._ema_decay is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return []
+        return [MovingAverage(self._ema_decay)]
+
+    def configure_model(self) -> None:
+        """Share gradients and the optimizer's state out over the processes, under ``ModelParallelStrategy`` (FSDP2)."""
+        if self.device_mesh is None or self._sharded:
+            return
+        if self._ema_decay is not None:
+            raise InputError("ema_decay must be None under ModelParallelStrategy")
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
+        self._sharded = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the network's configuration."""
+        """Note what the weights and the optimizer's state are of."""
         checkpoint[_CONFIGURATION] = self.network.configuration
+        checkpoint[_OPTIMIZER] = type(self._optimizer).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how the network of the checkpoint differs from this one; this one's options count."""
@@ -148,6 +168,20 @@ class Task(LightningModule, ABC):
             rank_zero_info(
                 f"The network of the checkpoint has {option}={theirs!r}; here {ours!r} counts"
             )
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_optimizer(checkpoint)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights, and tell in one line if they are of another network."""
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            _, *problems = (line.strip() for line in str(error).splitlines())
+            raise InputError(
+                f"ckpt_path must hold weights of this network: {' '.join(problems)[:400]}"
+            ) from error
 
     @property
     def _data(self) -> Data:
@@ -162,6 +196,24 @@ class Task(LightningModule, ABC):
         values = {f"{stage}/{k}": v for k, v in self.scores.items() if isinstance(v, int | float)}
         # They are the same on all processes: their largest is what they are, to the bit.
         self.log_dict(values, batch_size=1, sync_dist=True, reduce_fx="max")
+
+    def _check_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
+        theirs, ours = checkpoint.get(_OPTIMIZER), type(self._optimizer).__name__
+        (state,) = checkpoint.get("optimizer_states") or [None]
+        if theirs != ours or state is None:
+            raise InputError(
+                f"model.optimizer must be the checkpoint's, {theirs}, to go on with it; got {ours}. "
+                "A new run takes its weights by model.network.weights and weights_prefix=network."
+            )
+        counts = [
+            [len(group["params"]) for group in groups]
+            for groups in (state["param_groups"], self._optimizer.groups(self.network))
+        ]
+        if counts[0] != counts[1]:
+            raise InputError(
+                f"model.optimizer must have groups of {counts[0]} parameters, as in the checkpoint; got {counts[1]}, "
+                "by decay_vectors or by layers that are frozen"
+            )
 
     def _factor(self, step: int) -> float:
         trainer = self.trainer
