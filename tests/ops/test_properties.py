@@ -118,6 +118,18 @@ def test_attending_to_nothing_gives_zero_and_finite_gradients(
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("keys", [0, 53])
+def test_a_context_of_no_keys_is_the_empty_one(normalization, backend, keys):
+    _, key, value = make_inputs(keys=keys)
+    mask = torch.zeros(2, keys, dtype=torch.bool) if keys else None
+    options = {"normalization": normalization, "backend": backend}
+    mean, log_weight = summarize(key, value, key_mask=mask, **options)
+    assert torch.equal(mean, torch.zeros(2, 3, 8, 5, dtype=torch.float64))
+    assert torch.equal(log_weight, torch.full((2, 3, 8), -torch.inf, dtype=torch.float64))
+
+
 @pytest.mark.parametrize(("order", "backend"), WAYS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_channel_without_weight_gives_zero_and_finite_gradients(order, backend, masked):

@@ -5,6 +5,8 @@ Shapes: B batch, H heads, N queries, M keys, Dk key channels, Dv value channels.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,6 +83,7 @@ def efficient_attention(
     check_option("normalization", normalization, NORMALIZATIONS)
     query, key, value = _autocast(query, key, value)
     check_attention_shapes(query, key, value)
+    mask = canonical_mask(key_mask, key)
     if order == "auto":
         order = "linear"
         if backend != "blocked":
@@ -92,15 +95,13 @@ def efficient_attention(
                 value_channels=value.shape[3],
             )
     if order == "linear":
-        context = summarize(
-            key, value, key_mask=key_mask, normalization=normalization, backend=backend
-        )
-        return attend(query, context, normalization=normalization, backend=backend)
+        implementation = _implementation(backend)
+        mean, *_ = implementation.summarize(key, value, mask, normalization)
+        return implementation.attend(query, mean, normalization, 1)
     if backend == "blocked":
         raise NotImplementedError(
             "backend='blocked' computes order='linear' only; for order='quadratic' use backend='auto'"
         )
-    mask = canonical_mask(key_mask, key)
     itemsize = accumulation_dtype(query.dtype).itemsize
     refuse_impossible_map(query, key, itemsize=itemsize, way_out="Use order='linear'")
     return reference.quadratic(query, key, value, mask, normalization)
@@ -146,8 +147,7 @@ def summarize(
     check_like("value", value, "key", key)
     check_shape("value", value, (*key.shape[:3], None), "[B, H, M, Dv]", "key's B, H, M")
     mask = canonical_mask(key_mask, key)
-    implementation = reference.summarize if _is_plain(backend) else library.summarize
-    mean, log_weight, *_ = implementation(key, value, mask, normalization)
+    mean, log_weight, *_ = _implementation(backend).summarize(key, value, mask, normalization)
     return Context(mean, log_weight)
 
 
@@ -205,8 +205,7 @@ def attend(
     check_size("num_groups", num_groups)
     if query.shape[-1] % num_groups:
         raise ValueError(f"num_groups must divide query's Dk = {query.shape[-1]}; got {num_groups}")
-    implementation = reference.attend if _is_plain(backend) else library.attend
-    return implementation(query, mean, normalization, num_groups)
+    return _implementation(backend).attend(query, mean, normalization, num_groups)
 
 
 def dot_product_attention(
@@ -313,16 +312,17 @@ def cheapest_order(
     return cheapest(costs)
 
 
-def _is_plain(backend: str) -> bool:
-    """Whether the plain equations serve the call; an error if a backend was named that cannot."""
+def _implementation(backend: str) -> ModuleType:
+    """Where ``summarize`` and ``attend`` are that serve the call; an error if a backend was named that cannot."""
     if backend == "reference":
-        return True
+        return reference
     reason = library.serves_plain_tensors_only()
     if reason is not None and backend != "auto":
         raise NotImplementedError(f"backend={backend!r}: {reason}; use backend='auto'")
     # A program that is exported or traced must run where this package is not installed.
     recorded = torch.compiler.is_exporting() or is_traced()
-    return reason is not None or (backend == "auto" and recorded)
+    plain = reason is not None or (backend == "auto" and recorded)
+    return reference if plain else library
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

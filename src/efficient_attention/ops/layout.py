@@ -11,12 +11,17 @@ def is_channel_major(x: Tensor) -> bool:
     return x.shape[-1] != 1 and x.stride(-1) != 1 and x.stride(-2) == 1
 
 
+def is_token_major(x: Tensor) -> bool:
+    """Whether the heads of one position are neighbours in memory, as in ``[B, N, H * D]`` split into heads."""
+    return x.shape[1] > 1 and x.stride(1) < x.stride(2) and not is_channel_major(x)
+
+
 def empty_output(query: Tensor, value_channels: int) -> Tensor:
     """Memory for ``[B, H, N, Dv]`` laid out as the query is, so that callers undo their views without a copy."""
     batch, heads, queries, _ = query.shape
     if is_channel_major(query):
         return query.new_empty(batch, heads, value_channels, queries).transpose(-1, -2)
-    if heads > 1 and query.stride(1) < query.stride(2):  # [B, N, H * Dk] split into heads
+    if is_token_major(query):
         return query.new_empty(batch, queries, heads, value_channels).transpose(1, 2)
     return query.new_empty(batch, heads, queries, value_channels)
 

@@ -17,9 +17,9 @@ def summarize(
     key: Tensor, value: Tensor, key_mask: Tensor | None, normalization: str
 ) -> tuple[Tensor, Tensor]:
     """``rho_k(K)^T V`` and the logarithm of its total weight: ``[B, H, Dk, Dv]``, ``[B, H, Dk]``."""
-    weights, log_weight = normalized_keys(key, key_mask, normalization)  # [B, H, M, Dk], [B, H, Dk]
+    weights = normalized_keys(key, key_mask, normalization)  # [B, H, M, Dk]
     mean = matmul(weights.transpose(-1, -2), _attended(_accumulable(value), key_mask))
-    return mean, log_weight
+    return mean, log_total_weight(key, key_mask, normalization)
 
 
 def attend(query: Tensor, mean: Tensor, normalization: str, num_groups: int = 1) -> Tensor:
@@ -41,7 +41,7 @@ def attention_weights(
     query: Tensor, key: Tensor, key_mask: Tensor | None, normalization: str
 ) -> Tensor:
     """``rho_q(Q) rho_k(K)^T``: what every query takes from every position, ``[B, H, N, M]``."""
-    keys, _ = normalized_keys(key, key_mask, normalization)
+    keys = normalized_keys(key, key_mask, normalization)
     return matmul(normalized_queries(query, normalization), keys.transpose(-1, -2))
 
 
@@ -51,23 +51,40 @@ def normalized_queries(query: Tensor, normalization: str) -> Tensor:
     return query.softmax(-1) if normalization == "softmax" else query
 
 
-def normalized_keys(
-    key: Tensor, key_mask: Tensor | None, normalization: str
-) -> tuple[Tensor, Tensor]:
-    """``rho_k(K)``: softmax over positions, or K / M; and the logarithm of what it was divided by."""
-    key = _accumulable(key)
+def normalized_keys(key: Tensor, key_mask: Tensor | None, normalization: str) -> Tensor:
+    """``rho_k(K)``: softmax over positions, or K / M; 0 where nothing is attended to."""
     if normalization == "scaling":
-        count = torch.full_like(key[:, :, :1], key.shape[-2])
-        if key_mask is not None:
-            count = key_mask.sum(-1)[..., None, None].to(key.dtype).expand_as(count)
-        return _attended(key, key_mask) / count.clamp(min=1), count.log().squeeze(-2)
-    logits = key if key_mask is None else key.masked_fill(~key_mask.unsqueeze(-1), -torch.inf)
-    # A channel without any weight is an empty one, whether by the mask or by its keys: merged with others it changes
-    # nothing. Its logits are set to 0 first, because softmax of nothing but -inf has no gradient.
+        return _attended(_accumulable(key), key_mask) / _count(key, key_mask).clamp(min=1)
+    logits, empty = _logits(key, key_mask)
+    return logits.softmax(-2).masked_fill(empty, 0)
+
+
+def log_total_weight(key: Tensor, key_mask: Tensor | None, normalization: str) -> Tensor:
+    """The logarithm of what rho_k divides by, ``[B, H, Dk]``."""
+    if normalization == "scaling":
+        return _count(key, key_mask).log().squeeze(-2)
+    logits, empty = _logits(key, key_mask)
+    return logits.logsumexp(-2).masked_fill(empty.squeeze(-2), -torch.inf)
+
+
+def _count(key: Tensor, key_mask: Tensor | None) -> Tensor:
+    """How many keys are attended to, ``[B, H, 1, Dk]``."""
+    batch, heads, keys, channels = key.shape
+    dtype = accumulation_dtype(key.dtype)
+    if key_mask is None:
+        return key.new_full((batch, heads, 1, channels), keys, dtype=dtype)
+    return key_mask.sum(-1)[..., None, None].to(dtype).expand(batch, heads, 1, channels)
+
+
+def _logits(key: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys, -inf where masked; and the channels without any weight, ``[B, H, 1, Dk]``, whose logits are 0.
+
+    Such a channel is empty, whether by the mask or by its keys: merged with others it changes nothing. Softmax of
+    nothing but -inf has no value and no gradient.
+    """
+    logits = _attended(_accumulable(key), key_mask, -torch.inf)
     empty = (logits == -torch.inf).all(-2, keepdim=True)
-    logits = logits.masked_fill(empty, 0)
-    log_weight = logits.logsumexp(-2).masked_fill(empty.squeeze(-2), -torch.inf)
-    return logits.softmax(-2).masked_fill(empty, 0), log_weight
+    return logits.masked_fill(empty, 0), empty
 
 
 def dot_product_attention(
@@ -102,6 +119,6 @@ def _accumulable(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype))
 
 
-def _attended(x: Tensor, key_mask: Tensor | None) -> Tensor:
+def _attended(x: Tensor, key_mask: Tensor | None, fill: float = 0) -> Tensor:
     # Masked positions may hold anything, NaN included: weight 0 alone would not silence them.
-    return x if key_mask is None else x.masked_fill(~key_mask.unsqueeze(-1), 0)
+    return x if key_mask is None else x.masked_fill(~key_mask.unsqueeze(-1), fill)

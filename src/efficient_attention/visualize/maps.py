@@ -107,8 +107,7 @@ def _key_weights(
     key = features.split(module.keys(source), module.num_heads)
     mask = module._key_mask(key_mask, source)  # [B, M]
     mask = None if mask is None else mask.unsqueeze(1)
-    weights, _ = normalized_keys(key, mask, module.normalization)
-    return weights
+    return normalized_keys(key, mask, module.normalization)
 
 
 def _spatial(module: EfficientModule, x: Tensor) -> torch.Size:
