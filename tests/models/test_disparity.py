@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_attention.memory import peak_bytes
@@ -155,12 +156,16 @@ def test_no_volume_of_full_size_exists(monkeypatch):
     assert plain > 2.5 * volume
 
 
-def test_both_compile_whole_for_any_size():
+def test_one_program_serves_any_size(monkeypatch):
+    monkeypatch.setattr(disparity, "_BLOCK_BYTES", 2**14)  # one to three rows
+
     def match(left, right):
         scores = cost_volume(left, right, 5).mean(1)
         return soft_argmin(scores, (20, 4 * left.shape[2], 4 * left.shape[3]), align_corners=False)
 
-    compiled = torch.compile(match, fullgraph=True, dynamic=True, backend="eager")
-    for side in (6, 7, 9):
+    programs = CompileCounterWithBackend("eager")
+    compiled = torch.compile(match, fullgraph=True, dynamic=True, backend=programs)
+    for side in (6, 9, 17):
         left, right = torch.randn(2, 1, 3, side, side + 4, dtype=torch.float64)
         torch.testing.assert_close(compiled(left, right), match(left, right), **EXACT)
+    assert programs.frame_count == 1

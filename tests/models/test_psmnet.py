@@ -1,6 +1,7 @@
 """EA-PSMNet: the authors' state_dict, the paper's equations over it, views of any size, attention on the volume."""
 
 import hashlib
+import os
 
 import pytest
 import torch
@@ -299,6 +300,18 @@ def test_attention_in_the_network_trains_on_a_volume_that_is_large():
     assert all(attention.get_submodule(n).weight.grad.any() for n in ("keys", "values"))
 
 
+@pytest.mark.skipif("SLOW_TESTS" not in os.environ, reason="minutes and 2 GiB; set SLOW_TESTS")
+def test_ea_psmnet_of_full_size_trains_in_two_gibibytes():
+    network = awake(create_model("psmnet"))
+
+    def step():
+        disparities = network(*views(1, 256, 512, torch.float32))
+        sum(w * d.mean() for w, d in zip(network.loss_weights, disparities, strict=True)).backward()
+
+    assert peak_bytes(step) < 2.2 * 2**30
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_checkpoints_as_the_authors_wrote_them_load(head, tmp_path):
     official = tiny(head).float()
@@ -423,6 +436,19 @@ def test_dtypes_that_do_not_fit_are_refused():
         tiny()(view.byte(), view.byte())
     with pytest.raises(ValueError, match=r"right must be torch\.float32 .* got torch\.float64"):
         tiny()(view, view.double())
+
+
+def test_convolutions_start_with_the_authors_variance():
+    weights = PSMNet(max_disparity=16).state_dict()
+    for key, fan_out in (
+        ("feature_extraction.layer4.0.conv2.0.weight", 128 * 9),
+        ("dres2.conv4.0.0.weight", 64 * 27),
+        ("classif3.2.weight", 27),
+    ):
+        expected = (2 / fan_out) ** 0.5
+        # Ten standard errors.
+        tolerance = 10 * expected / (2 * weights[key].numel()) ** 0.5
+        assert abs(weights[key].std().item() - expected) < tolerance
 
 
 def test_builders_build_what_they_say():
