@@ -21,6 +21,7 @@ MODULES = [
         "data.segmentations",
         "data.textures",
         "metrics.classification",
+        "metrics.detection",
     )
 ]
 NAMES = [(module, name) for module in MODULES for name in module.__all__]

@@ -86,8 +86,8 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     """
     from pycocotools import mask
 
-    columns = masks.ne(0).transpose(1, 2).to(torch.uint8).contiguous().cpu()  # [N, W, H]
-    runs = mask.encode(columns.permute(2, 1, 0).numpy())
+    columns = masks.ne(0).transpose(1, 2).contiguous().cpu()  # [N, W, H]
+    runs = mask.encode(columns.view(torch.uint8).permute(2, 1, 0).numpy())
     return [{"size": run["size"], "counts": run["counts"].decode("ascii")} for run in runs]
 
 
