@@ -140,3 +140,58 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
 def test_an_absent_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must be a file; got .*absent.pth"):
         load_checkpoint(model(), tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "module._orig_mod."])
+def test_wrappers_are_dropped_before_and_behind_a_prefix(wrapper):
+    network = model()
+    for keys in (f"{wrapper}network.", f"network.{wrapper}"):
+        weights = {keys + key: value for key, value in state(4).items()}
+        load_checkpoint(network, weights, prefix="network.")
+        assert holds(network, state(4))
+        nn.init.zeros_(network[0].weight)
+
+
+def test_a_name_that_looks_like_a_wrapper_is_kept_where_it_is_by_right():
+    network = nn.ModuleDict({"module": model()})
+    load_checkpoint(network, {f"module.{key}": value for key, value in state(4).items()})
+    assert holds(network["module"], state(4))
+    load_checkpoint(model(), network.state_dict(), prefix="module.")
+
+
+@pytest.mark.parametrize("option", ["allow_missing", "ignore"])
+def test_one_pattern_may_be_given_as_a_string(option):
+    network, weights = model(), state(3)
+    del weights["0.bias"]
+    if option == "ignore":
+        weights["fc.weight"] = torch.ones(1)
+    patterns = {"allow_missing": "0.bias", option: "0.bias" if option[0] == "a" else "fc.*"}
+    assert load_checkpoint(network, weights, **patterns) == ("0.bias",)
+    with pytest.raises(ValueError, match="2 missing"):
+        load_checkpoint(network, {"2.bias": torch.ones(2)}, allow_missing="[01].*", ignore="2.*")
+
+
+def test_counters_that_the_network_does_not_have_are_left_out():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
+    weights = {**network.state_dict(), "1.num_batches_tracked": torch.tensor(3)}
+    assert load_checkpoint(network, weights) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"0.bias": torch.ones(4, dtype=torch.int8)}, "1 of another kind: 0.bias torch.int8"),
+        ({"0.bias": torch.ones(4, dtype=torch.complex64)}, "torch.complex64 for torch.float32"),
+        ({7: torch.ones(4)}, "got other things: 7"),
+    ],
+)
+def test_numbers_of_another_kind_are_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(model(), {**state(), **change})
+
+
+def test_a_model_without_memory_is_an_error():
+    with torch.device("meta"):
+        network = model()
+    with pytest.raises(ValueError, match="model must have memory to load into"):
+        load_checkpoint(network, state())

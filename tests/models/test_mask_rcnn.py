@@ -1,6 +1,7 @@
 """Mask R-CNN: torchvision's to the bit, attention where the paper has it, and pictures that do not see their mates."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torchvision.models.detection import (
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from efficient_attention import create_model, insert, load_checkpoint
-from efficient_attention.models.padding import inside
+from efficient_attention.models.padding import PaddedGroupNorm, inside, zero_outside
 
 SIZE = {"min_size": 64, "max_size": 96}
 SEVEN = ("res3", "res4", "fpn1", "fpn2", "fpn3", "fpn4", "fpn5")
@@ -33,9 +34,9 @@ def awake(model):
     return model
 
 
-def small(**options):
+def small(attention="efficient", **options):
     options = {"num_classes": 4, "box_score_thresh": 0.0, "box_detections_per_img": 20, **options}
-    return create_model("mask_rcnn_small", **SIZE, **options).eval()
+    return create_model("mask_rcnn_small", attention, **SIZE, **options).eval()
 
 
 def targets(images):
@@ -123,10 +124,12 @@ def test_surgery_on_torchvisions_own_network_leaves_its_outputs_bit_identical():
     assert all(map(same, model(mates), plain(mates)))
 
 
+@pytest.mark.parametrize("norm", ["batch", "frozen", "group"])
+@pytest.mark.parametrize("sizes", [[(50, 40), (60, 90), (64, 64)], [(30, 64), (31, 65), (20, 100)]])
 @torch.no_grad()
-def test_a_picture_is_detected_alike_alone_and_among_larger_mates():
-    model = awake(small()).double()
-    image, *mates = (x.double() for x in pictures((50, 40), (60, 90), (64, 64)))
+def test_a_picture_is_detected_alike_alone_and_among_larger_mates(norm, sizes):
+    model = awake(small(norm=norm)).double()
+    image, *mates = (x.double() for x in pictures(*sizes))
     (alone,) = model([image])
     for batch, position in (([image, *mates], 0), ([*mates, image], 2)):
         assert_close(model(batch)[position], alone)
@@ -219,6 +222,79 @@ def test_the_backbone_compiles_whole_and_keeps_its_keys():
     assert list(model.state_dict()) == keys
 
 
+@torch.no_grad()
+def test_a_thin_picture_does_not_change_how_later_ones_are_pooled():
+    fresh = awake(small()).double()
+    used = copy.deepcopy(fresh)
+    thin, image = (x.double() for x in pictures((20, 96), (64, 64)))
+    used([thin])
+    assert_close(used([image])[0], fresh([image])[0])
+    assert used.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+@torch.no_grad()
+def test_a_layer_that_was_exchanged_obeys_too():
+    model = awake(small()).double()
+    old = model.backbone.body.layer2[0].conv2
+    new = nn.Conv2d(128, 128, 3, padding=1, bias=False).double()
+    new.weight = old.weight
+    model.backbone.body.layer2[0].conv2 = new
+    image, mate = (x.double() for x in pictures((50, 40), (60, 90)))
+    assert_close(model([image, mate])[0], model([image])[0])
+
+
+@torch.no_grad()
+def test_threads_take_turns():
+    model = awake(small()).double()
+    batches = [[x.double() for x in pictures((50, 40), s)] for s in ((60, 90), (64, 70))]
+    expected = [model(batch) for batch in batches]
+    with ThreadPoolExecutor(2) as pool:
+        for found, results in zip(pool.map(model, batches * 3), expected * 3, strict=True):
+            for one, other in zip(found, results, strict=True):
+                assert_close(one, other)
+
+
+@torch.no_grad()
+def test_the_pyramid_of_a_picture_is_cut_as_it_would_be_alone():
+    model = small("none")
+    image, mate = pictures((64, 64), (64, 96))
+    batch, _ = model.transform([image, mate])
+    features = model.backbone(batch.tensors)
+    (_, levels), _ = model._parts(batch, features)
+    alone = model.backbone(model.transform([image])[0].tensors)
+    assert [f.shape for f in levels.values()] == [f.shape for f in alone.values()]
+    assert [f.shape[-1] for f in levels.values()] == [16, 8, 4, 2, 1]
+
+
+def test_masks_nest_and_end():
+    network = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, bias=False))
+    x = torch.ones(1, 1, 4, 4)
+    one, other = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    one[:, :2] = True
+    expected = [network(x), network(x * one), network(x * other)]
+    with zero_outside(network, one):
+        with zero_outside(network, other):
+            assert torch.equal(network(x), expected[2])
+        assert torch.equal(network(x), expected[1])
+    assert torch.equal(network(x), expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_moments_of_groups_are_those_of_the_picture(dtype):
+    norm = PaddedGroupNorm(2, 4).to(dtype)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 4, 4, 6).to(dtype)
+    mask = inside([(2, 4), (4, 6)], (4, 6), torch.device("cpu"))
+    with zero_outside(norm, mask):
+        y = norm(x)
+    assert y.dtype == dtype
+    # In bfloat16, scale and shift each round numbers of up to 4 by 2**-9 of their size.
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 2**-6}[dtype]
+    for found, expected in ((y[:1, :, :2, :4], norm(x[:1, :, :2, :4])), (y[1:], norm(x[1:]))):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_copies_have_hooks_and_attention_of_their_own():
     model = awake(small())
     image, mate = pictures((50, 40), (60, 90))
@@ -253,10 +329,12 @@ def test_the_body_is_torchvisions_resnext():
         (lambda t: t * 2, "for all 1 images to train; got 2"),
         (lambda t: [{}], r"targets\[0\]\['boxes'\] must be a tensor \[N, 4\]; got NoneType"),
         (lambda t: [{"boxes": torch.zeros(4)}], r"must be a tensor \[N, 4\]; got \(4,\)"),
+        (lambda t: [{"boxes": t[0]["boxes"]}], r"it lacks \['labels', 'masks'\]"),
         (
-            lambda t: [{"boxes": torch.tensor([[5.0, 5.0, 5.0, 9.0]])}],
+            lambda t: [{**t[0], "boxes": torch.tensor([[5.0, 5.0, 5.0, 9.0]])}],
             r"must have x1 < x2 and y1 < y2; got \[5.0, 5.0, 5.0, 9.0\]",
         ),
+        (lambda t: [{**t[0], "boxes": torch.tensor([[5.0, 5.0, torch.nan, 9.0]])}], "x1 < x2"),
     ],
 )
 def test_targets_that_cannot_train_are_errors(change, message):
@@ -277,3 +355,8 @@ def test_targets_that_cannot_train_are_errors(change, message):
 def test_options_that_do_not_exist_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+def test_no_pictures_are_an_error():
+    with pytest.raises(ValueError, match="images must be a list of pictures"):
+        small()([])

@@ -10,7 +10,7 @@ from torch import nn
 
 from efficient_attention import EfficientAttention3d, create_model, insert, load_checkpoint
 from efficient_attention.memory import peak_bytes
-from efficient_attention.models.psmnet import PSMNet, psmnet, psmnet_basic, psmnet_small
+from efficient_attention.models.psmnet import PSMNet, psmnet_small
 from efficient_attention.ops.planner import module_costs
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -453,8 +453,9 @@ def test_convolutions_start_with_the_authors_variance():
 
 def test_builders_build_what_they_say():
     with torch.device("meta"):
-        assert (psmnet().head, psmnet().max_disparity) == ("stacked_hourglass", 192)
-        assert (psmnet_basic().head, psmnet_basic().width) == ("basic", 32)
+        whole, basic = (create_model(name, "none") for name in ("psmnet", "psmnet_basic"))
+        assert (whole.head, whole.max_disparity) == ("stacked_hourglass", 192)
+        assert (basic.head, basic.width) == ("basic", 32)
         small = psmnet_small(head="basic", align_corners=True)
     assert (small.head, small.max_disparity, small.align_corners) == ("basic", 64, True)
     assert 200_000 < sum(p.numel() for p in small.parameters()) < 400_000

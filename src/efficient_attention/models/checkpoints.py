@@ -24,8 +24,8 @@ def load_checkpoint(
     checkpoint: str | Path | Mapping[str, Any],
     *,
     prefix: str = "",
-    allow_missing: Iterable[str] = (),
-    ignore: Iterable[str] = (),
+    allow_missing: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
 ) -> tuple[str, ...]:
     """Load the weights of a file into a model: all that were asked for, or none.
 
@@ -39,6 +39,7 @@ def load_checkpoint(
             ``module.`` (of ``DataParallel``) and ``_orig_mod.`` (of ``torch.compile``) before all keys are dropped.
         prefix: only keys that begin so count, without it: ``"network."`` for the part of a larger model.
         allow_missing: keys, or patterns as in ``fnmatch``, that the checkpoint may lack; they keep their values.
+            ``num_batches_tracked`` may always be missing, or too many.
         ignore: keys, or patterns, that are not taken from the checkpoint: ``fc.*`` for a classifier's body alone.
 
     Returns:
@@ -46,7 +47,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint; keys are missing or unexpected, or shapes differ. The model is as before.
+        ValueError: the file is no checkpoint; keys are missing or unexpected, or shapes or kinds of numbers
+            differ; the model is on the meta device. The model is as before.
 
     Example:
         >>> model = torch.nn.Linear(2, 2)
@@ -57,19 +59,29 @@ def load_checkpoint(
     """
     origin = str(checkpoint) if isinstance(checkpoint, str | Path) else "the given state_dict"
     content = _read(Path(checkpoint)) if isinstance(checkpoint, str | Path) else checkpoint
-    weights, left_out = _weights(content, prefix, origin), tuple(ignore)
-    weights = {key: value for key, value in weights.items() if not _matches(key, left_out)}
     own = model.state_dict()
-    optional = (*allow_missing, *_ALWAYS_OPTIONAL)
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError("model must have memory to load into; got one on the meta device")
+    weights, left_out = _weights(content, prefix, own, origin), _patterns(ignore)
+    weights = {key: value for key, value in weights.items() if not _matches(key, left_out)}
+    optional = (*_patterns(allow_missing), *_ALWAYS_OPTIONAL)
     absent = [key for key in own if key not in weights]
     allowed = tuple(key for key in absent if _matches(key, optional))
+    common = [key for key in own if key in weights]
     problems = {
         "missing": [key for key in absent if key not in allowed],
-        "unexpected": [key for key in weights if key not in own],
+        "unexpected": [
+            key for key in weights if key not in own and not _matches(key, _ALWAYS_OPTIONAL)
+        ],
         "of another shape": [
             f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}"
-            for key in own.keys() & weights.keys()
+            for key in common
             if weights[key].shape != own[key].shape
+        ],
+        "of another kind": [
+            f"{key} {weights[key].dtype} for {own[key].dtype}"
+            for key in common
+            if _kind(weights[key]) != _kind(own[key])
         ],
     }
     found = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in problems.items() if keys]
@@ -101,23 +113,48 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _weights(content: Any, prefix: str, origin: str) -> dict[str, Tensor]:
+def _weights(
+    content: Any, prefix: str, own: Mapping[str, Tensor], origin: str
+) -> dict[str, Tensor]:
     for name in _ENVELOPES:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping):
         raise ValueError(f"{origin} must hold a state_dict; got {type(content).__name__}")
-    weights = dict(content)
-    for start in (*_WRAPPERS, prefix, *_WRAPPERS):
-        if start == prefix or all(key.startswith(start) for key in weights):
-            weights = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
-    strangers = [str(key) for key, value in weights.items() if not isinstance(value, Tensor)]
-    if strangers or not weights:
-        what = (
-            f"other things: {_some(strangers)}" if strangers else f"no key that begins {prefix!r}"
+    strangers = [
+        str(key)
+        for key, value in content.items()
+        if not isinstance(key, str) or not isinstance(value, Tensor)
+    ]
+    if strangers:
+        raise ValueError(
+            f"{origin} must hold a state_dict of tensors; got other things: {_some(strangers)}"
         )
-        raise ValueError(f"{origin} must hold a state_dict of tensors; got {what}")
+    weights = _unwrapped(dict(content), unless=[prefix] if prefix else own)
+    weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    if not weights:
+        raise ValueError(
+            f"{origin} must hold a state_dict of tensors; got no key that begins {prefix!r}"
+        )
+    return _unwrapped(weights, unless=own) if prefix else weights
+
+
+def _unwrapped(weights: dict[str, Tensor], *, unless: Iterable[str]) -> dict[str, Tensor]:
+    """Keys without what wrappers put before them, unless it is there by right."""
+    for start in (*_WRAPPERS, *_WRAPPERS):
+        if all(k.startswith(start) for k in weights) and not all(
+            k.startswith(start) for k in unless
+        ):
+            weights = {key.removeprefix(start): value for key, value in weights.items()}
     return weights
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
+
+
+def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _matches(key: str, patterns: tuple[str, ...]) -> bool:

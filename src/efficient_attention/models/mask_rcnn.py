@@ -5,6 +5,8 @@ Sizes: B pictures of a batch, padded to the H x W of the largest; a feature map 
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,17 +23,20 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.models.resnet import ResNet as Body
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 
 from ..modules import masked
-from ..modules.projected import ProjectedAttention
+from ..modules.masking import attention_over
 from .network import Network, Place
 from .norms import norm_layer
-from .padding import inside, watch_padding, zero_outside
+from .padding import inside, zero_outside
 from .resnet import STAGES, body_layout, stage_channels
 
 __all__ = ["MaskRCNN", "mask_rcnn"]
 
 PADDING = ("independent", "masked", "visible")
+# The masks of a batch are set on the modules while it runs.
+_ONE_AT_A_TIME = threading.RLock()
 _STRIDES = {"0": 4, "1": 8, "2": 16, "3": 32, "pool": 64}
 
 
@@ -62,7 +67,7 @@ class MaskRCNN(Network, torchvision_mask_rcnn.MaskRCNN):
         options: those of torchvision's ``MaskRCNN``.
 
     Raises:
-        ValueError: training without targets, or with boxes that are no boxes.
+        ValueError: no pictures; training without targets, or with boxes that are no boxes.
 
     Example:
         >>> detector = create_model("mask_rcnn_small", num_classes=3).eval()
@@ -85,7 +90,11 @@ class MaskRCNN(Network, torchvision_mask_rcnn.MaskRCNN):
         if padding not in PADDING:
             raise ValueError(f"padding must be one of {PADDING}; got {padding!r}")
         self.padding = padding
-        watch_padding(backbone)
+        # Otherwise inferred, once for all, from the first picture, and wrongly if it is thin.
+        for pool in (self.roi_heads.box_roi_pool, self.roi_heads.mask_roi_pool):
+            strides = [_STRIDES[level] for level in pool.featmap_names]
+            pool.scales = [1 / stride for stride in strides]
+            pool.map_levels = initLevelMapper(*(int(math.log2(strides[end])) for end in (0, -1)))
 
     @property
     def places(self) -> dict[str, Place]:
@@ -100,10 +109,21 @@ class MaskRCNN(Network, torchvision_mask_rcnn.MaskRCNN):
             found[f"fpn{i}"] = Place(f"backbone.fpn.{level}", 2, backbone.out_channels)
         return found
 
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The arguments of :func:`create_model`, with the padding as it is now."""
+        return {**super().configuration, "padding": self.padding}
+
+    @configuration.setter
+    def configuration(self, arguments: dict[str, Any]) -> None:
+        self._configuration = arguments
+
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None
     ) -> Any:
         """Losses in training mode, detections in evaluation mode; see the class."""
+        if not images:
+            raise ValueError("images must be a list of pictures [3, H, W]; got none")
         if self.training:
             _check_targets(images, targets)
         sizes = [tuple(image.shape[-2:]) for image in images]
@@ -128,7 +148,7 @@ class MaskRCNN(Network, torchvision_mask_rcnn.MaskRCNN):
             pictures = inside(batch.image_sizes, canvas, device)
         if self.padding == "independent":
             extents = inside([self._extent(size) for size in batch.image_sizes], canvas, device)
-        with masked(self.backbone, pictures), zero_outside(self.backbone, extents):
+        with _ONE_AT_A_TIME, masked(self.backbone, pictures), zero_outside(self.backbone, extents):
             return self.backbone(tensors)
 
     def _parts(
@@ -153,7 +173,7 @@ class MaskRCNN(Network, torchvision_mask_rcnn.MaskRCNN):
         return height, width
 
     def _attends(self) -> bool:
-        return any(isinstance(module, ProjectedAttention) for module in self.backbone.modules())
+        return bool(attention_over(self.backbone, 2))
 
 
 class AttendedPool(LastLevelMaxPool):
@@ -295,6 +315,10 @@ def _check_targets(
         if not isinstance(boxes, Tensor) or boxes.dim() != 2 or boxes.shape[1] != 4:
             got = tuple(boxes.shape) if isinstance(boxes, Tensor) else type(boxes).__name__
             raise ValueError(f"{name} must be a tensor [N, 4]; got {got}")
-        flat = (boxes[:, 2:] <= boxes[:, :2]).any(1)
+        absent = [key for key in ("labels", "masks") if key not in target]
+        if absent:
+            raise ValueError(f"targets[{i}] must have boxes, labels and masks; it lacks {absent}")
+        # NaN is neither more nor less.
+        flat = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
         if flat.any():
             raise ValueError(f"{name} must have x1 < x2 and y1 < y2; got {boxes[flat][0].tolist()}")

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
+import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .checkpoints import load_checkpoint
@@ -96,17 +97,33 @@ class Network(
             The address of the upload under ``push_to_hub=True``.
 
         Raises:
-            ValueError: the network does not come from :func:`create_model`.
+            ValueError: the network does not come from :func:`create_model`, or was changed since.
         """
         folder = Path(save_directory)
-        options = {"config": self.configuration, "repo_id": folder.resolve().name, **options}
+        config = options.pop("config", None) or self.configuration
+        self._check_configuration(config)
+        options = {"config": config, "repo_id": folder.resolve().name, **options}
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".incomplete-") as scratch:
             url = super().save_pretrained(scratch, **options)
-            # The configuration last: a folder that has one has all of it.
+            # The configuration last: a folder that has one has all of it. A model card may be somebody's work.
             for path in sorted(Path(scratch).iterdir(), key=lambda path: path.suffix == ".json"):
-                path.replace(folder / path.name)
+                if path.suffix != ".md" or not (folder / path.name).exists():
+                    path.replace(folder / path.name)
         return url
+
+    def _check_configuration(self, config: Mapping[str, Any]) -> None:
+        with torch.device("meta"):
+            twin = create_model(**config)
+        own, built = ({k: v.shape for k, v in m.state_dict().items()} for m in (self, twin))
+        if own != built:
+            changed = sorted(
+                key for key in own.keys() | built.keys() if own.get(key) != built.get(key)
+            )
+            raise ValueError(
+                f"the network must be as create_model() built it to be saved; {len(changed)} keys of its state_dict "
+                f"have changed: {', '.join(changed[:4])}"
+            )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -135,7 +152,7 @@ class Network(
             token: for private repositories.
 
         Returns:
-            The network, in evaluation mode, on the CPU.
+            The network, in evaluation mode, on the CPU, in the dtype of its weights.
 
         Raises:
             FileNotFoundError: a folder that lacks one of the files.
@@ -152,13 +169,29 @@ class Network(
             local_files_only=local_files_only,
             token=token,
         )
-        find = partial(Path, origin) if Path(origin).is_dir() else download
+        is_path = (
+            Path(origin).is_absolute() or origin.startswith((".", "~")) or origin.count("/") > 1
+        )
+        find = partial(Path, origin) if is_path or Path(origin).is_dir() else download
         config, weights = Path(find(_CONFIGURATION)), Path(find(_WEIGHTS))
-        if not config.is_file():
-            raise FileNotFoundError(f"{origin} must hold {_CONFIGURATION} and {_WEIGHTS}")
-        network = create_model(**json.loads(config.read_text()))
+        for path in (config, weights):
+            if not path.is_file():
+                raise FileNotFoundError(f"{origin} must hold {_CONFIGURATION} and {_WEIGHTS}")
+        try:
+            arguments = json.loads(config.read_text())
+        except ValueError as error:
+            raise ValueError(f"{config} must be JSON; {error}") from error
+        if not isinstance(arguments, dict) or "name" not in arguments:
+            raise ValueError(
+                f"{config} must hold the arguments of create_model(); got {arguments!r}"
+            )
+        network = create_model(**arguments)
         if not isinstance(network, cls):
             got = type(network).__name__
             raise TypeError(f"{origin} must hold a {cls.__name__}; got a {got}: use Network")
-        load_checkpoint(network, weights)
+        tensors = load_file(weights)
+        dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+        if len(dtypes) == 1:
+            network.to(dtypes.pop())
+        load_checkpoint(network, tensors)
         return network.eval()

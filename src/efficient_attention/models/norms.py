@@ -9,6 +9,8 @@ from functools import partial
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from .padding import PaddedGroupNorm
+
 __all__ = ["norm_layer"]
 
 _GROUPS = 32
@@ -28,7 +30,7 @@ def norm_layer(name: str, eps: float = 1e-5) -> Callable[[int], nn.Module]:
     layers: dict[str, Callable[[int], nn.Module]] = {
         "batch": partial(nn.BatchNorm2d, eps=eps),
         "frozen": partial(FrozenBatchNorm2d, eps=eps),
-        "group": lambda channels: nn.GroupNorm(math.gcd(_GROUPS, channels), channels, eps=eps),
+        "group": lambda channels: PaddedGroupNorm(math.gcd(_GROUPS, channels), channels, eps=eps),
     }
     if name not in layers:
         raise ValueError(f"norm must be one of {tuple(layers)}; got {name!r}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..modules.features import coarsen
 
-__all__ = ["inside", "watch_padding", "zero_outside"]
+__all__ = ["PaddedGroupNorm", "inside", "zero_outside"]
 
 # Hooks are pickled with their numbers, and every process counts from 0: a hook of this number is never replaced.
 _HOOK = -1
@@ -40,28 +40,47 @@ def inside(
     return rows.unsqueeze(2) & columns.unsqueeze(1)
 
 
-def watch_padding(network: nn.Module) -> None:
-    """Make every layer of a network that looks beyond its own position obey :func:`zero_outside`."""
-    for module in _wide_layers(network):
-        module._forward_pre_hooks[_HOOK] = _zero_padding
-
-
 @contextmanager
 def zero_outside(network: nn.Module, mask: Tensor | None) -> Iterator[None]:
-    """Inside this context, the watched layers of a network see zeros where ``mask`` is False.
+    """Inside this context, what is padded does not reach the positions of a picture through a convolutional network.
+
+    Convolutions and pools that look beyond their own position see zeros where ``mask`` is False;
+    :class:`PaddedGroupNorm` leaves these positions out of its moments. Not for two threads on one network at a time.
 
     Args:
-        network: see :func:`watch_padding`.
-        mask: bool ``[B, H, W]`` at the resolution of the input; extents divisible by all strides. None: no zeros.
+        network: any, of convolutions and pools as ``nn`` has them.
+        mask: bool ``[B, H, W]`` at the resolution of the input; extents divisible by all strides. None: no change.
     """
-    layers = [] if mask is None else list(_wide_layers(network))
+    layers = [] if mask is None else list(_concerned(network))
+    before = [getattr(layer, _MASK, None) for layer in layers]
     try:
         for layer in layers:
+            if not isinstance(layer, PaddedGroupNorm):
+                layer._forward_pre_hooks[_HOOK] = _zero_padding
             setattr(layer, _MASK, mask)
         yield
     finally:
-        for layer in layers:
-            delattr(layer, _MASK)
+        for layer, outer in zip(layers, before, strict=True):
+            setattr(layer, _MASK, outer)
+
+
+class PaddedGroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` whose moments are those of each picture of a padded batch, inside :func:`zero_outside`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x [B, C, H, W]``."""
+        mask = getattr(self, _MASK, None)
+        if mask is None:
+            return super().forward(x)
+        counted = coarsen(mask, x.shape[2:]).unsqueeze(1)  # [B, 1, H, W]
+        groups = x.unflatten(1, (self.num_groups, -1)).float() if x.dtype.itemsize < 4 else x
+        groups = groups.reshape(len(x), self.num_groups, -1, *x.shape[2:])  # [B, G, C / G, H, W]
+        weight = counted.unsqueeze(1).to(groups.dtype)
+        count = weight.sum((2, 3, 4), keepdim=True) * groups.shape[2]
+        mean = (groups * weight).sum((2, 3, 4), keepdim=True) / count
+        variance = ((groups - mean).square() * weight).sum((2, 3, 4), keepdim=True) / count
+        y = ((groups - mean) * (variance + self.eps).rsqrt()).reshape(x.shape).to(x.dtype)
+        return y * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 def _zero_padding(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -73,9 +92,11 @@ def _zero_padding(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | No
     return (x.masked_fill(~coarsen(mask, x.shape[2:]).unsqueeze(1), 0),)
 
 
-def _wide_layers(network: nn.Module) -> Iterator[nn.Module]:
+def _concerned(network: nn.Module) -> Iterator[nn.Module]:
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.MaxPool2d):
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
             size = module.kernel_size
             if max(size if isinstance(size, tuple) else (size,)) > 1:
                 yield module
+        elif isinstance(module, PaddedGroupNorm):
+            yield module

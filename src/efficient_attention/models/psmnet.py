@@ -13,7 +13,7 @@ from .disparity import cost_volume, soft_argmin
 from .network import Network, Place
 from .psmnet_layers import Features, Hourglass, convolution, initialize
 
-__all__ = ["PSMNet", "psmnet", "psmnet_basic", "psmnet_small"]
+__all__ = ["PSMNet", "psmnet_small"]
 
 _HEADS = ("stacked_hourglass", "basic")
 _NORMS = ("batch", "group")
@@ -22,7 +22,7 @@ _STRIDE = 16
 _LEAST_WIDTH = 4
 
 
-class PSMNet(Network, nn.Module):
+class PSMNet(Network):
     """Disparity of every pixel of the left view, from a volume of features of both views at every shift between them.
 
     Features at a quarter of the size, with means over regions; the features of both views at ``max_disparity / 4``
@@ -181,48 +181,6 @@ class PSMNet(Network, nn.Module):
                 "left and right must leave norm='batch' more than one value per channel to train on; got one pair "
                 f"of {got}, which pooling makes one. Take two pairs, a side of 512 or norm='group'"
             )
-
-
-def psmnet(
-    *,
-    max_disparity: int = 192,
-    width: int = 32,
-    norm: str = "batch",
-    align_corners: bool = False,
-) -> PSMNet:
-    """PSMNet with stacked hourglasses, 5.2 million parameters, without attention as yet.
-
-    Args:
-        max_disparity: see :class:`PSMNet`, as the others.
-        width: of features.
-        norm: of layers.
-        align_corners: of upsampling.
-    """
-    return PSMNet(max_disparity=max_disparity, width=width, norm=norm, align_corners=align_corners)
-
-
-def psmnet_basic(
-    *,
-    max_disparity: int = 192,
-    width: int = 32,
-    norm: str = "batch",
-    align_corners: bool = False,
-) -> PSMNet:
-    """PSMNet with residual units in place of hourglasses, 3.7 million parameters, without attention as yet.
-
-    Args:
-        max_disparity: see :class:`PSMNet`, as the others.
-        width: of features.
-        norm: of layers.
-        align_corners: of upsampling.
-    """
-    return PSMNet(
-        max_disparity=max_disparity,
-        head="basic",
-        width=width,
-        norm=norm,
-        align_corners=align_corners,
-    )
 
 
 def psmnet_small(

@@ -22,8 +22,8 @@ _BUILDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mask_rcnn_resnet101_fpn": ("mask_rcnn", "mask_rcnn", {"body": "resnet101"}),
     "mask_rcnn_resnext101_32x8d_fpn": ("mask_rcnn", "mask_rcnn", {"body": "resnext101_32x8d"}),
     "mask_rcnn_small": ("mask_rcnn", "mask_rcnn", {"body": "resnet10", "heads": "thin"}),
-    "psmnet": ("psmnet", "psmnet", {}),
-    "psmnet_basic": ("psmnet", "psmnet_basic", {}),
+    "psmnet": ("psmnet", "PSMNet", {"head": "stacked_hourglass"}),
+    "psmnet_basic": ("psmnet", "PSMNet", {"head": "basic"}),
     "psmnet_small": ("psmnet", "psmnet_small", {}),
     "resnet50": ("resnet", "resnet", {"body": "resnet50"}),
     "resnet101": ("resnet", "resnet", {"body": "resnet101"}),
@@ -75,6 +75,8 @@ def create_model(
             raise ValueError(f"options of {name!r} must be among {known}; got {option!r}")
     if attention not in _ATTENTION:
         raise ValueError(f"attention must be one of {_ATTENTION}; got {attention!r}")
+    if attention == "none" and (at or attention_options):
+        raise ValueError("at and attention_options must not be given for attention='none'")
     network = builder(**named, **options)
     placed: dict[str, dict[str, Any]] = {}
     if attention != "none":
@@ -118,6 +120,10 @@ def _insert(network: Any, attention: str, placed: Mapping[str, Mapping[str, Any]
     unknown = [place for place in placed if place not in places]
     if unknown:
         raise ValueError(f"at must be among {list(places)}; got {unknown}")
+    for place, options in placed.items():
+        taken = sorted(options.keys() & {"kind", "dimensions", "in_channels"})
+        if taken:
+            raise ValueError(f"options of place {place!r} must be those of attention; got {taken}")
     where = {
         places[place].module: {
             "kind": attention,

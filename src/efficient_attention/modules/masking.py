@@ -15,7 +15,7 @@ from .features import FeatureMaps
 from .non_local import EfficientNonLocal
 from .projected import ProjectedAttention
 
-__all__ = ["masked"]
+__all__ = ["attention_over", "masked"]
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def masked(model: nn.Module, key_mask: Tensor | None) -> Iterator[None]:
 
     A batch of pictures of several sizes is padded to the largest; without a mask, what attends to all positions attends
     to padding, and a picture's result depends on its batch mates. A network passes no mask along; this does. A mask
-    that is given to a module itself goes first.
+    that is given to a module itself goes first. Not for two threads on one model at a time.
 
     Args:
         model: any module with attention over feature maps inside, however it came there: that of :func:`insert` and
@@ -54,12 +54,12 @@ def masked(model: nn.Module, key_mask: Tensor | None) -> Iterator[None]:
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
         got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
         raise TypeError(f"key_mask must be a bool tensor [B, *spatial]; got {got}")
-    features = FeatureMaps(key_mask.dim() - 1)
-    concerned: list[Any] = [module for module in model.modules() if _takes(module, features)]
+    dimensions = key_mask.dim() - 1
+    concerned = attention_over(model, dimensions)
     if not concerned:
         raise ValueError(
             f"key_mask must have the dimensions of attention in the model; got {tuple(key_mask.shape)}, and there is "
-            f"none on [B, C, ...] of {features.dimensions}"
+            f"none on [B, C, ...] of {dimensions}"
         )
     before = [module.shared_mask for module in concerned]
     try:
@@ -69,6 +69,12 @@ def masked(model: nn.Module, key_mask: Tensor | None) -> Iterator[None]:
     finally:
         for module, mask in zip(concerned, before, strict=True):
             module.shared_mask = mask
+
+
+def attention_over(model: nn.Module, dimensions: int) -> list[Any]:
+    """The modules of a model that attend over feature maps of so many dimensions, and take masks."""
+    features = FeatureMaps(dimensions)
+    return [module for module in model.modules() if _takes(module, features)]
 
 
 def _takes(module: nn.Module, features: FeatureMaps) -> bool:
