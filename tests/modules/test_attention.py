@@ -225,8 +225,10 @@ def flops(function):
 
 
 @pytest.mark.parametrize("order", MODULE_ORDERS)
-def test_costs_of_cross_attention_are_those_that_run(order):
-    module = build(order=order)
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_costs_of_cross_attention_are_those_that_run(order, normalization, bias):
+    module = build(order=order, normalization=normalization, bias=bias)
     counted = flops(lambda: module(TOKENS, OTHERS))
     assert counted == 2 * module.costs(9, 15, batch=2)[order].multiply_adds
 

@@ -332,14 +332,21 @@ def test_low_precision_module_stays_near_the_exact_one(dtype, order):
 
 
 def test_evaluation_does_not_hold_values_or_attended_values():
-    module, x = ea.EfficientAttention2d(64, 32, 64, num_heads=4), torch.randn(1, 64, 128, 128)
+    module, x = ea.EfficientAttention2d(64, 32, 256, num_heads=4), torch.randn(1, 64, 128, 128)
     with torch.no_grad():
         folded = peak_bytes(lambda: module(x))
         module.order = "linear"
         linear = peak_bytes(lambda: module(x))
     # One projection of half the channels, the folded output, the residual sum.
     assert folded <= 2.6 * x.nbytes
-    assert linear >= 3 * x.nbytes
+    assert linear >= 4.5 * x.nbytes
+
+
+def test_evaluation_lets_go_of_what_is_done_with():
+    module, x = ea.EfficientAttention2d(64, 32, 64, order="linear"), torch.randn(1, 64, 200, 200)
+    with torch.no_grad():
+        # First queries, attended values and a block; then two tensors like the input, and never three.
+        assert peak_bytes(lambda: module(x)) <= 2.1 * x.nbytes
 
 
 @pytest.mark.parametrize(

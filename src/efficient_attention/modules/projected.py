@@ -142,17 +142,18 @@ class DotProductModule(ProjectedAttention):
     def _run(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         features = self._features
         features.check("x", x, self.in_channels)
-        query = features.split(self.queries(x), self.num_heads)
-        key = features.split(self.keys(x), self.num_heads)
-        value = features.split(self.values(x), self.num_heads)
-        attended = dot_product_attention(
-            query,
-            key,
-            value,
-            key_mask=self._key_mask(key_mask, x),
-            normalization=self.normalization,
+        # Without names, so that each is gone when it is done with.
+        attended = features.join(
+            dot_product_attention(
+                features.split(self.queries(x), self.num_heads),
+                features.split(self.keys(x), self.num_heads),
+                features.split(self.values(x), self.num_heads),
+                key_mask=self._key_mask(key_mask, x),
+                normalization=self.normalization,
+            ),
+            like=x,
         )
-        return self._with_residual(x, self.reprojection(features.join(attended, like=x)))
+        return self._with_residual(x, self.reprojection(attended))
 
 
 class EfficientModule(ProjectedAttention):
@@ -217,6 +218,7 @@ class EfficientModule(ProjectedAttention):
             key_channels=self.key_channels,
             value_channels=self.value_channels,
             source_channels=self.source_channels,
+            column_sums=self._needs_column_sums(),
             batch=batch,
             heads=self.num_heads,
             itemsize=itemsize,
@@ -295,29 +297,28 @@ class EfficientModule(ProjectedAttention):
         key = self._features.split(self._project_keys(source), 1)  # [B, 1, M, dk]
         x = self._features.split(source, 1)  # [B, 1, M, C]
         pooled = summarize(key, x, key_mask=mask, normalization=self.normalization)
-        if self.normalization == "softmax":
-            column_sums = (pooled.log_weight != -torch.inf).to(pooled.mean.dtype)
-        else:
+        column_sums = (pooled.log_weight != -torch.inf).to(pooled.mean.dtype)  # [B, 1, dk]
+        if self._needs_column_sums():
             ones = key.new_ones(()).expand(*key.shape[:3], 1)
-            column_sums = summarize(key, ones, key_mask=mask, normalization="scaling").mean.squeeze(
-                -1
-            )
+            sums = summarize(key, ones, key_mask=mask, normalization="scaling")
+            column_sums = sums.mean.squeeze(-1)
         return fold_values(
             pooled, column_sums, self.values.weight, self.values.bias, self.num_heads
         )
 
+    def _needs_column_sums(self) -> bool:
+        """Whether a bias of values has to be weighted by column sums of rho_k(K) that are not simply one."""
+        return self.normalization == "scaling" and getattr(self.values, "bias", None) is not None
+
     def _attend(self, x: Tensor, context: Context, folds: bool) -> Tensor:
         features = self._features
         if not folds:
-            query = features.split(self.queries(x), self.num_heads)
-            attended = attend(query, context, normalization=self.normalization)
-            return self._with_residual(x, self.reprojection(features.join(attended, like=x)))
+            return self._with_residual(x, self.reprojection(self._attended(x, context)))
 
         softmax = self.normalization == "softmax"
         weight, bias = self.reprojection.weight, self.reprojection.bias
-        query = features.split(self.queries(x), 1)  # [B, 1, N, dk]
         y = attend(
-            query,
+            features.split(self.queries(x), 1),  # [B, 1, N, dk]
             fold_output(context, weight, bias if softmax else None),
             normalization=self.normalization,
             num_groups=self.num_heads,
@@ -325,6 +326,12 @@ class EfficientModule(ProjectedAttention):
         if bias is not None and not softmax:
             y = y + bias.to(y.dtype)
         return self._with_residual(x, features.join(y, like=x))
+
+    def _attended(self, x: Tensor, context: Context) -> Tensor:
+        # In a call of its own, so that queries are gone before the output is made.
+        query = self._features.split(self.queries(x), self.num_heads)  # [B, h, N, dk / h]
+        attended = attend(query, context, normalization=self.normalization)
+        return self._features.join(attended, like=x)
 
     def _attend_quadratic(self, x: Tensor, source: Tensor, key_mask: Tensor | None) -> Tensor:
         features = self._features

@@ -158,8 +158,12 @@ def attend(query: Tensor, mean: Tensor, normalization: str, num_groups: int) -> 
     output = empty_output(query, mean.shape[-1])
     for rows, blocks in tiles:
         for n in blocks:
-            weights = _normalized_queries(query[rows, :, n], normalization, num_groups)
-            output[rows, :, n] = _product(weights, mean[rows], channel_major)
+            # Without names, so that the weights of a block are gone before those of the next are made.
+            output[rows, :, n] = _product(
+                _normalized_queries(query[rows, :, n], normalization, num_groups),
+                mean[rows],
+                channel_major,
+            )
     return output
 
 

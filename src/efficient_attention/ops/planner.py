@@ -30,14 +30,18 @@ FOLDS_OUTPUT = ("folded_output", "folded")
 BLOCK_BYTES = 4 << 20
 SHORTEST_BLOCK = 256
 
+# Beside a mean: its log_weight, and the largest key and the sum relative to it for the backward pass.
+_CONTEXT_WEIGHTS = 3
+
 
 class Cost(NamedTuple):
     """What one order costs.
 
     Attributes:
         multiply_adds: multiply-accumulate operations of the products; the softmaxes are the same in every order.
-        bytes: the most that intermediate tensors hold at one time in a forward pass without gradients; the inputs,
-            the output and the parameters, which every order has, are not counted.
+        bytes: the most that intermediate tensors hold at one time in a forward pass without gradients, blocks
+            included; the inputs, the output, its sum with a residual and the parameters, which every order has, are
+            not counted.
     """
 
     multiply_adds: int
@@ -72,12 +76,16 @@ def operator_costs(
     """
     maps = batch * heads
     sums = max(itemsize, 4)
-    context = key_channels * (value_channels + 1)
+    context = key_channels * (value_channels + _CONTEXT_WEIGHTS)
     weights = keys * queries + (keys + queries) * key_channels
+    blocks = max(
+        block_bytes(batch, heads, positions, key_channels, value_channels, sums)
+        for positions in (queries, keys)
+    )
     return {
         "linear": Cost(
             maps * (queries + keys) * key_channels * value_channels,
-            maps * context * sums,
+            maps * context * sums + blocks,
         ),
         "quadratic": Cost(
             maps * queries * keys * (key_channels + value_channels),
@@ -94,6 +102,7 @@ def module_costs(
     key_channels: int,
     value_channels: int,
     source_channels: int | None = None,
+    column_sums: bool = False,
     batch: int = 1,
     heads: int = 1,
     itemsize: int = 4,
@@ -107,6 +116,8 @@ def module_costs(
         key_channels: Dk of all heads together.
         value_channels: Dv of all heads together.
         source_channels: channels of the positions that are attended to; ``None``: ``in_channels``.
+        column_sums: whether to fold the values takes the sums of rho_k(K) over positions, in a pass of their own. It
+            does if the values have a bias, and the sums are not one: under ``normalization="scaling"``.
         batch: B.
         heads: H.
         itemsize: bytes of one stored number.
@@ -122,29 +133,55 @@ def module_costs(
     head = dv // heads  # value channels that a key channel meets
 
     projected = queries * c * dk + keys * s * dk  # queries and keys, in every order
-    values_in_memory = (keys * s * dv + keys * dk * head, keys * (dk + dv) * itemsize, 0)
-    values_folded = (keys * dk * s + dk * s * head, keys * dk * itemsize, dk * s * sums)
-    output_in_memory = (queries * dk * head + queries * dv * c, queries * (dk + dv) * itemsize, 0)
-    output_folded = (dk * head * c + queries * dk * c, queries * dk * itemsize, dk * c * sums)
 
-    def linear(key_side: tuple[int, int, int], query_side: tuple[int, int, int]) -> Cost:
+    def split(positions: int, channels: int) -> int:
+        """Bytes of blocks where heads are apart; ``together`` where they share one product with all ``channels``."""
+        return block_bytes(batch, heads, positions, dk // heads, channels // heads, sums)
+
+    def together(positions: int, channels: int) -> int:
+        return block_bytes(batch, 1, positions, dk, channels, sums)
+
+    # Of each side: multiply-adds; bytes of projections and contexts, a sample; bytes of blocks.
+    sides = {
+        "values": (keys * (s * dv + dk * head), keys * (dk + dv) * itemsize, split(keys, dv)),
+        "values folded": (
+            keys * dk * (s + column_sums) + dk * s * head,
+            keys * dk * itemsize + dk * (s + column_sums) * sums,
+            together(keys, s),
+        ),
+        "output": (
+            queries * (dk * head + dv * c),
+            queries * (dk + dv) * itemsize,
+            split(queries, dv),
+        ),
+        "output folded": (
+            dk * head * c + queries * dk * c,
+            queries * dk * itemsize + dk * c * sums,
+            together(queries, c),
+        ),
+    }
+
+    def linear(key_side: str, query_side: str) -> Cost:
         # The key side is done with when the query side begins; only contexts pass from one to the other.
-        context = dk * (head + 1) * sums
-        alive = max(key_side[1] + key_side[2], query_side[1] + query_side[2]) + context
-        return Cost(batch * (projected + key_side[0] + query_side[0]), batch * alive)
+        context = dk * (head + _CONTEXT_WEIGHTS) * sums
+        multiply_adds = projected + sides[key_side][0] + sides[query_side][0]
+        alive = max(
+            batch * held + blocks for _, held, blocks in (sides[key_side], sides[query_side])
+        )
+        return Cost(batch * multiply_adds, alive + batch * context)
 
     attention = queries * keys * (dk + dv)
     everything = (keys * (dk + dv) + queries * (dk + dv)) * itemsize
     weights = (heads * queries * keys + (queries + keys) * dk) * sums
     return {
-        "linear": linear(values_in_memory, output_in_memory),
+        "linear": linear("values", "output"),
         "quadratic": Cost(
             batch * (projected + keys * s * dv + attention + queries * dv * c),
             batch * (everything + weights),
         ),
-        "folded_values": linear(values_folded, output_in_memory),
-        "folded_output": linear(values_in_memory, output_folded),
-        "folded": linear(values_folded, output_folded),
+        "folded_values": linear("values folded", "output"),
+        "folded_output": linear("values", "output folded"),
+        "folded": linear("values folded", "output folded"),
     }
 
 
@@ -184,3 +221,18 @@ def block_length(heads: int, channels: int) -> int:
 def rows_per_block(heads: int, positions: int, channels: int) -> int:
     """Samples of the batch that the blocked path takes together."""
     return max(1, BLOCK_BYTES // (4 * max(1, heads * positions * channels)))
+
+
+def block_bytes(
+    batch: int, heads: int, positions: int, key_channels: int, value_channels: int, itemsize: int
+) -> int:
+    """What the blocked path holds of one block: weights, and beside them what they are made from or a product.
+
+    A block that is the whole input is read where it lies, and its product is the output.
+    """
+    channels = key_channels + value_channels
+    length = min(block_length(heads, channels), positions)
+    rows = min(rows_per_block(heads, length, channels), batch)
+    whole = (rows, length) == (batch, positions)
+    held = key_channels if whole else key_channels + max(key_channels, value_channels)
+    return rows * heads * length * held * itemsize
