@@ -68,6 +68,11 @@ def recognise(module: nn.Module) -> Candidate | str:
 def _multihead(old: Any) -> Candidate | str | None:
     if type(old) is not nn.MultiheadAttention:
         return None
+    known = nn.MultiheadAttention(2, 1, add_bias_kv=True, device="meta").state_dict()
+    separate = [f"{letter}_proj_weight" for letter in "qkv"]
+    surplus = [key for key in old.state_dict() if key not in {*known, *separate}]
+    if surplus:
+        return f"it has {surplus} beside what nn.MultiheadAttention has"
 
     def build(
         normalization: str = "softmax", order: str = "auto", dropout: float | None = None
@@ -85,14 +90,27 @@ def _multihead(old: Any) -> Candidate | str | None:
 def _non_local(old: Any) -> Candidate | str | None:
     if type(old) not in _NON_LOCAL:
         return None
+    kind, parts = _NON_LOCAL[type(old)], ("keys", "queries", "values", "reprojection")
+    if reason := _surplus(old, parts):
+        return reason
+
+    def surround(block: nn.Module, **options: Any) -> nn.Module:
+        new = kind(**{**_same_options(block, kind), **options}, device="meta")
+        return _with_children_of(block, new, parts)
+
+    # The layers may not be those that the block was built with. Under scaling both compute one map.
+    twin = random_copy(old)
+    twin.normalization = "scaling"
+    exchanged = surround(twin, order="linear")
+    x = random_input(2, old.in_channels, *_EXTENTS[: old._dimensions])
+    if computes(twin, x, exchanged) is None:
+        return f"its {list(parts)} do not make a non-local block of {old.in_channels} channels"
 
     def build(
         normalization: str = old.normalization, order: str = "auto"
     ) -> tuple[nn.Module, bool]:
-        kind = _NON_LOCAL[type(old)]
-        own = _same_options(old, kind) | {"normalization": normalization, "order": order}
         exact = old.normalization == normalization == "scaling"
-        return _with_parameters_of(old, kind(**own, device="meta")), exact
+        return surround(old, normalization=normalization, order=order), exact
 
     return Candidate(old._dimensions, old.in_channels, build)
 
