@@ -41,14 +41,16 @@ AREAS = {
 
 @pytest.mark.parametrize("name", OUTLINES)
 def test_figures_have_the_area_of_their_equation(name):
-    patch = figure(name, (300, 300), centre=(150.3, 149.6), radius=120, angle=0.4, slim=0.7)
+    patch = figure(
+        OUTLINES[name], (300, 300), centre=(150.3, 149.6), radius=120, angle=0.4, slim=0.7
+    )
     # The outline is at most 10 radii long, and a pixel on it may count or not.
     assert abs(int(patch.inside.sum()) - AREAS[name] * 120**2 * 0.7) < 0.05 * 10 * 120
 
 
 @pytest.mark.parametrize("name", OUTLINES)
 def test_figures_reach_the_ends_of_their_disc_and_no_farther(name):
-    patch = figure(name, (300, 300), centre=(150, 150), radius=120)
+    patch = figure(OUTLINES[name], (300, 300), centre=(150, 150), radius=120)
     y, x = (patch.inside.nonzero() + 0.5 - 120).unbind(1)
     assert 118.5 < torch.hypot(y, x).max() <= 120.8
 
@@ -56,10 +58,10 @@ def test_figures_reach_the_ends_of_their_disc_and_no_farther(name):
 def test_a_figure_beyond_the_border_is_the_part_of_the_whole():
     options = {"radius": 20.0, "angle": 1.0, "slim": 0.8}
     whole = torch.zeros(80, 80, dtype=torch.bool)
-    rows, columns, inside = figure("star", (80, 80), centre=(32, 68), **options)
+    rows, columns, inside = figure(OUTLINES["star"], (80, 80), centre=(32, 68), **options)
     whole[rows, columns] = inside
     part = torch.zeros(50, 60, dtype=torch.bool)
-    rows, columns, inside = figure("star", (50, 60), centre=(2, 58), **options)
+    rows, columns, inside = figure(OUTLINES["star"], (50, 60), centre=(2, 58), **options)
     part[rows, columns] = inside
     assert torch.equal(part, whole[30:, 10:70])
 

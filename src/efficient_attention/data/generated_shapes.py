@@ -139,7 +139,7 @@ class GeneratedShapes(Dataset[tuple[Tensor, dict[str, Any]]]):
         least, most = 5.0, min(height, width) / 3
         for _ in range(_TRIES):
             patch = figure(
-                list(OUTLINES)[label - 1],
+                list(OUTLINES.values())[label - 1],
                 self.size,
                 centre=(uniform(random, 0, height), uniform(random, 0, width)),
                 radius=least * (most / least) ** uniform(random, 0, 1),

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["OUTLINES", "Patch", "figure"]
+__all__ = ["OUTLINES", "Outline", "Patch", "arrow", "figure"]
+
+Outline = Callable[[Tensor, Tensor], Tensor]
 
 # Radius of the notches of a star, of the hole of a ring, half the width of the arms of a cross.
 _NOTCH, _HOLE, _ARM = 0.45, 0.55, 0.3
@@ -53,7 +55,14 @@ def _cross(u: Tensor, v: Tensor) -> Tensor:
     return (narrow <= _ARM) & (wide <= math.sqrt(1 - _ARM**2))
 
 
-OUTLINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+def arrow(u: Tensor, v: Tensor) -> Tensor:
+    """A shaft, and a head that points along ``u``."""
+    shaft = (u.abs() <= 0.8) & (v.abs() <= 0.14)
+    head = (u >= 0.2) & (u + v.abs() * (0.8 / 0.6) <= 1)
+    return shaft | head
+
+
+OUTLINES: dict[str, Outline] = {
     "ellipse": _ellipse,
     "rectangle": _rectangle,
     "triangle": _triangle,
@@ -72,7 +81,7 @@ class Patch(NamedTuple):
 
 
 def figure(
-    name: str,
+    outline: Outline,
     size: tuple[int, int],
     *,
     centre: tuple[float, float],
@@ -83,7 +92,7 @@ def figure(
     """The pixels of an image whose centres are inside a figure.
 
     Args:
-        name: of :data:`OUTLINES`.
+        outline: says which points of the unit disc are inside.
         size: ``(H, W)`` of the image.
         centre: ``(y, x)`` in pixels, where a pixel's own centre is at a half.
         radius: of the disc that the figure fills, in pixels.
@@ -94,7 +103,7 @@ def figure(
         The part of the image around the figure, whatever of it is in the image.
 
     Example:
-        >>> patch = figure("cross", (9, 9), centre=(4.5, 4.5), radius=2.5)
+        >>> patch = figure(OUTLINES["cross"], (9, 9), centre=(4.5, 4.5), radius=2.5)
         >>> patch.rows, patch.columns
         (slice(2, 7, None), slice(2, 7, None))
         >>> patch.inside.int().tolist()
@@ -108,4 +117,4 @@ def figure(
     x = torch.arange(size[1], dtype=torch.float64)[columns] + 0.5 - centre[1]
     u = (x * math.cos(angle) + y * math.sin(angle)) / radius
     v = (y * math.cos(angle) - x * math.sin(angle)) / (radius * slim)
-    return Patch(rows, columns, OUTLINES[name](u, v))
+    return Patch(rows, columns, outline(u, v))
