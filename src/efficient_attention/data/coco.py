@@ -1,6 +1,6 @@
 """Instances of objects in photographs, as MS-COCO and most of its successors store them.
 
-Paper: Sec. 4.1 trains and evaluates on MS-COCO 2017.
+Paper: Sec. 4 trains and evaluates on MS-COCO 2017.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class DetectionMetrics:
         >>> scores.box_ap_75, round(scores.box_ap, 6)  # at 0.50 to 0.75 of the ten thresholds
         (1.0, 0.6)
 
-    Paper: Shen et al. 2021, Sec. 4.1, reports the AP of boxes and of masks on MS-COCO 2017.
+    Paper: Shen et al. 2021, Sec. 4, reports the AP of boxes and of masks on MS-COCO 2017.
     """
 
     def __init__(self, ground_truth: Mapping[str, Any], *, masks: bool = True) -> None:
