@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 
 import efficient_attention as ea
 from efficient_attention.memory import peak_bytes
@@ -187,80 +186,6 @@ def test_auto_folds_where_the_multiply_adds_say_so():
         ea.EfficientAttention2d(64, 32, 64, num_heads=1).planned_order(x[..., :3, :3])
         == "quadratic"
     )
-
-
-@pytest.mark.parametrize("projection", ["values", "reprojection"])
-@pytest.mark.parametrize(
-    "notice",
-    [
-        "hook",
-        "pre-hook",
-        "backward hook",
-        "backward pre-hook",
-        "parametrization",
-        "subclass",
-        "forward of its own",
-    ],
-)
-def test_nothing_is_folded_that_would_notice(projection, notice):
-    module, x = official(num_heads=2, order="linear"), feature_map(2)
-    expected = results(module, x)["y"]
-    layer, calls = getattr(module, projection), []
-    if notice == "hook":
-        layer.register_forward_hook(lambda *_: calls.append(1))
-    elif notice == "pre-hook":
-        layer.register_forward_pre_hook(lambda *_: calls.append(1))
-    elif notice == "backward hook":
-        layer.register_full_backward_hook(lambda *_: calls.append(1))
-    elif notice == "backward pre-hook":
-        layer.register_full_backward_pre_hook(lambda *_: calls.append(1))
-    elif notice == "forward of its own":
-        plain = layer.forward
-        layer.forward = lambda x: (calls.append(1), plain(x))[1]
-    elif notice == "parametrization":
-        parametrizations.weight_norm(layer)
-        calls.append(1)
-    else:
-
-        class Adapted(nn.Conv2d):
-            def forward(self, x):
-                calls.append(1)
-                return super().forward(x)
-
-        layer.__class__ = Adapted
-    module.order = "auto"
-    got = results(module, x)["y"]
-    assert calls
-    torch.testing.assert_close(got, expected, **EXACT)
-    one_sided = {"values": "folded_output", "reprojection": "folded_values"}[projection]
-    assert module.planned_order(x) in (one_sided, "linear")
-    module.order = "folded"
-    with pytest.raises(
-        NotImplementedError,
-        match=f"order='folded': {projection} cannot be folded into the context: it ",
-    ):
-        module(x)
-
-
-@pytest.mark.parametrize(
-    "change", [{"kernel_size": 3, "padding": 1}, {"kernel_size": 1, "groups": 2}]
-)
-def test_a_layer_that_is_not_pointwise_is_not_folded(change):
-    module, x = official(), feature_map(2)
-    module.values = nn.Conv2d(6, 8, dtype=torch.float64, **change)
-    module.order = "linear"
-    expected = module(x)
-    module.order = "auto"
-    torch.testing.assert_close(module(x), expected, **EXACT)
-
-
-def test_layers_may_be_wrapped():
-    module, x = official(order="linear"), feature_map(2)
-    expected = module(x)
-    module.order = "auto"
-    for name in ("keys", "queries", "values", "reprojection"):
-        setattr(module, name, nn.Sequential(getattr(module, name)))
-    torch.testing.assert_close(module(x), expected, **EXACT)
 
 
 def test_sizes_of_other_integer_types_are_taken():

@@ -48,6 +48,20 @@ def test_gradients_of_contexts_are_right(normalization):
     assert torch.autograd.gradgradcheck(function, (key, value))
 
 
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+@pytest.mark.parametrize("part", ["mean", "log_weight"])
+def test_gradients_that_will_be_differentiated_are_the_same(part, normalization):
+    # They are computed in another way, which second derivatives alone do not compare with the first.
+    _, key, value = make_inputs(requires_grad=True)
+    mask = torch.rand(2, 53) > 0.3
+    context = summarize(key, value, key_mask=mask, normalization=normalization)
+    objective = getattr(context, part).sin().sum()
+    options = {"retain_graph": True, "materialize_grads": True}
+    expected = torch.autograd.grad(objective, (key, value), **options)
+    got = torch.autograd.grad(objective, (key, value), create_graph=True, **options)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
 def test_forward_mode_is_right():
     inputs = make_inputs(*SMALL, requires_grad=True)
 

@@ -86,6 +86,25 @@ def test_module_bytes_match_hand_computed_numbers():
     assert costs["quadratic"].bytes == everything + (2 * 100 * 50 + (100 + 50) * 4) * 4
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(5000, 10), (10, 5000)])
+def test_projections_take_the_bytes_of_their_dtype_on_the_side_that_is_long(queries, keys):
+    def bytes_of(order, itemsize):
+        costs = module_costs(
+            queries=queries,
+            keys=keys,
+            in_channels=6,
+            key_channels=4,
+            value_channels=8,
+            itemsize=itemsize,
+        )
+        return costs[order].bytes
+
+    folded = "folded_output" if queries > keys else "folded_values"
+    for order, channels in (("linear", 4 + 8), ("folded", 4), (folded, 4)):
+        # Contexts and blocks are in float32 for both.
+        assert bytes_of(order, 4) - bytes_of(order, 2) == 5000 * channels * 2
+
+
 def test_column_sums_match_hand_computed_numbers():
     sizes = {"queries": 100, "keys": 5000, "in_channels": 6, "key_channels": 4, "value_channels": 8}
     without, costs = module_costs(**sizes), module_costs(**sizes, column_sums=True)
