@@ -6,7 +6,7 @@ Paper: Sec. 4 trains and evaluates on MS-COCO 2017.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .coco_checks import BadEntries, Problem, check_coco, read_coco
+from .coco_checks import BadEntries, Checked, Problem, check_coco, read_coco
 from .draws import Draw, as_draw, reproducibly
 from .images import read_pixels
 from .packing import Packed
@@ -139,19 +139,12 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
             Category(label, category["id"], category["name"])
             for label, category in enumerate(_by_id(content["categories"]), 1)
         )
-        labels = {category.id: category.label for category in self.categories}
-        records = [
-            _record(image, checked.annotations[number], labels, masks)
-            for number, image in checked.images.items()
-        ]
-        if not keep_empty:
-            records = [r for r in records if not all(i.crowd for i in r.instances)]
-        if not records:
+        # What follows is the only holder of what the json held, and gives it up image by image.
+        del content
+        self._records, ratios = self._pack(checked, keep_empty)
+        if not ratios:
             raise ValueError(f"{self.annotation_file} has no image that can be used")
-        self.aspect_ratios = torch.tensor(
-            [r.width / r.height for r in records], dtype=torch.float64
-        )
-        self._records = Packed(records)
+        self.aspect_ratios = torch.tensor(ratios, dtype=torch.float64)
 
     @property
     def num_classes(self) -> int:
@@ -212,6 +205,20 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
             f"CocoInstances({len(self)} images, {len(crowds) - sum(crowds)} objects of "
             f"{len(self.categories)} categories, {sum(crowds)} crowds: '{self.annotation_file}')"
         )
+
+    def _pack(self, checked: Checked, keep_empty: bool) -> tuple[Packed[_Record], list[float]]:
+        labels = {category.id: category.label for category in self.categories}
+        ratios = []
+
+        def records() -> Iterator[_Record]:
+            for number, image in checked.images.items():
+                annotations = checked.annotations.pop(number)
+                record = _record(image, annotations, labels, self.masks)
+                if keep_empty or not all(instance.crowd for instance in record.instances):
+                    ratios.append(record.width / record.height)
+                    yield record
+
+        return Packed(records()), ratios
 
     def _report(self, on_bad: str, recounted: int) -> None:
         if self.problems and on_bad == "error":

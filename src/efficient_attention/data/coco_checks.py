@@ -80,7 +80,7 @@ def read_coco(annotation_file: Path) -> dict[str, Any]:
             f"annotation_file must be a json file; there is no '{annotation_file}'"
         )
     try:
-        content = json.loads(annotation_file.read_bytes())
+        content = json.loads(annotation_file.read_text("utf-8-sig"))
     except ValueError as error:
         raise ValueError(
             f"annotation_file must be json; '{annotation_file}' is not: {error}"
@@ -155,7 +155,7 @@ def _check_images(
     faults = [_entry_fault(entry, seen) or _image_fault(entry) for entry in entries]
     readable = [entry for entry, fault in zip(entries, faults, strict=True) if fault is None]
     with ThreadPoolExecutor(_READERS) as readers:
-        found = readers.map(lambda image: _file_fault(folder, image), readable, chunksize=64)
+        found = readers.map(lambda image: _file_fault(folder, image), readable)
         for i, (entry, fault) in enumerate(zip(entries, faults, strict=True)):
             fault = fault if fault is not None else next(found)
             if fault is None:
