@@ -210,8 +210,8 @@ def test_encoder_layers_run_our_map_in_training_and_evaluation(training, padded,
         12, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first
     )
     layer.self_attn = MultiheadEfficientAttention(12, 2, batch_first=True)
-    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(training)
-    x = X.float()
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double().train(training)
+    x = X
     mask = (torch.arange(9).expand(2, 9) >= torch.tensor([[9], [6]])) if padded else None
 
     def layer_by_hand(layer, x):
@@ -226,9 +226,7 @@ def test_encoder_layers_run_our_map_in_training_and_evaluation(training, padded,
 
     with torch.inference_mode():
         expected = layer_by_hand(encoder.layers[1], layer_by_hand(encoder.layers[0], x))
-        torch.testing.assert_close(
-            encoder(x, src_key_padding_mask=mask), expected, rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(encoder(x, src_key_padding_mask=mask), expected, **EXACT)
 
 
 def test_decoder_layers_attend_across():

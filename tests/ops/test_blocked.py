@@ -55,9 +55,11 @@ def test_values_and_gradients_match_the_oracle_in_many_blocks(
 )
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_masks_follow_the_rows_of_the_batch(mask_shape, rows, monkeypatch):
-    # Positions 16 at a time, samples `rows` at a time: 4 bytes x 3 heads x 16 positions x 13 channels each.
-    monkeypatch.setattr("efficient_attention.ops.planner.SHORTEST_BLOCK", 16)
-    monkeypatch.setattr("efficient_attention.ops.planner.BLOCK_BYTES", rows * 4 * 3 * 16 * 13)
+    monkeypatch.setattr(blocked, "block_length", lambda *_: 16)
+    monkeypatch.setattr(blocked, "rows_per_block", lambda *_: rows)
+    tiles = blocked._walk(torch.empty(5, 3, 53, 8), 5)
+    assert [(n.start, n.stop) for n, _ in tiles] == [(i, i + rows) for i in range(0, 5, rows)]
+    assert all(len(blocks) == 4 for _, blocks in tiles)
     inputs = make_inputs(batch=5, requires_grad=True)
     mask = torch.rand(mask_shape) > 0.4
     results = {}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from efficient_attention import attend, dot_product_attention, efficient_attention, summarize
+from efficient_attention.ops import reference
 from efficient_attention.testing import (
     assert_as_precise_as_plain,
     make_inputs,
@@ -310,6 +311,22 @@ def test_dot_product_softmax_equals_the_explicit_map(masked, channels):
         scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
     expected = (scores.softmax(-1) @ value).nan_to_num(0)
     got = dot_product_attention(query, key, value, key_mask=mask, scale=0.5)
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+@pytest.mark.parametrize(("normalization", "scale"), [("softmax", 0.3), ("scaling", 1.0)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("channels", [(8, 8), (4, 12), (12, 4)])
+def test_the_fast_baseline_equals_the_plain_one(normalization, scale, masked, channels):
+    inputs = make_inputs(key_channels=channels[0], value_channels=channels[1], requires_grad=True)
+    mask = None
+    if masked:
+        mask = torch.rand(2, 3, 53) > 0.5
+        mask[0, 1] = False
+    plain = reference.dot_product_attention(*inputs, mask, normalization, scale)
+    fast = dot_product_attention(*inputs, key_mask=mask, normalization=normalization, scale=scale)
+    torch.testing.assert_close(fast, plain, **EXACT)
+    got, expected = (torch.autograd.grad(y.sin().sum(), inputs) for y in (fast, plain))
     torch.testing.assert_close(got, expected, **EXACT)
 
 
