@@ -215,6 +215,65 @@ def test_device_and_dtype_follow_the_host():
     assert meta[1].inserted_attention.keys.weight.device.type == "meta"
 
 
+def test_the_dtype_is_that_of_the_last_parameter_or_of_the_output_where_it_is_seen():
+    class Cast(nn.Sequential):
+        """Normalizes in float32 between layers in bfloat16."""
+
+        def forward(self, x):
+            return self[1](self[0](x).float()).bfloat16()
+
+    def cast():
+        return nn.ModuleDict({"a": Cast(nn.Conv2d(3, 8, 1).bfloat16(), nn.GroupNorm(2, 8))})["a"]
+
+    class Host(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = cast()
+
+        def forward(self, x):
+            return self.layers(x)
+
+    x = torch.randn(IMAGE, dtype=torch.bfloat16)
+    for options, dtype in (({"example": x}, torch.bfloat16), ({}, torch.float32)):
+        model = nn.Sequential(Host())
+        given = {"in_channels": 8, "dimensions": 2} if not options else {}
+        insert(model, "0.layers.0", example=options.get("example"), **given)
+        assert model[0].layers[0].inserted_attention.keys.weight.dtype == torch.bfloat16
+        insert(model, "0", example=options.get("example"), **given)
+        assert model[0].inserted_attention.keys.weight.dtype == dtype
+
+
+def test_random_numbers_stay_those_of_the_plain_model():
+    model = Network()
+    state = torch.get_rng_state()
+    insert(model, PLACES, example=torch.randn(IMAGE, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), state)
+    keys = [m.keys.weight for m in model.modules() if isinstance(m, ea.EfficientAttention2d)]
+    assert not torch.equal(keys[0], keys[1])
+
+
+@pytest.mark.parametrize("place", ["0.0", "1"])
+def test_a_compiled_model_is_refused(place):
+    def plain():
+        return nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1)), nn.ReLU())
+
+    given = {"in_channels": 4, "dimensions": 2}
+    model = plain()
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"the model is compiled, .*insert, then compile"):
+        insert(model, place, **given)
+    model = torch.compile(plain(), backend="eager")
+    with pytest.raises(ValueError, match=f"got '_orig_mod.{place}' .*the model is compiled"):
+        insert(model, f"_orig_mod.{place}", **given)
+    model = plain()
+    model[0].compile(backend="eager")
+    if place == "0.0":
+        with pytest.raises(ValueError, match="'0' is compiled"):
+            insert(model, place, **given)
+    else:
+        insert(model, place, **given)
+
+
 def test_the_dry_run_leaves_no_trace():
     model = Network()
     state = copy.deepcopy(model.state_dict())

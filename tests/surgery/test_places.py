@@ -115,7 +115,7 @@ def test_other_initializations_are_reported_as_changes():
         (nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), "1", (2, 7, 6), "tokens", 4),
         (nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), "1", (2, 7, 5, 6), "channels_last", 4),
         (nn.Sequential(nn.LayerNorm(4)), "0", (2, 7, 5, 3, 4), "channels_last", 4),
-        (nn.Sequential(nn.LayerNorm([3, 7, 6])), "0", (2, 3, 7, 6), 2, 3),
+        (nn.Sequential(nn.Conv2d(4, 3, 1), nn.LayerNorm([3, 7, 6])), "1", (2, 4, 7, 6), 2, 3),
         (
             nn.Sequential(
                 nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Flatten(2), Returns(lambda x: x.mT))
@@ -139,7 +139,7 @@ def test_dimensions_and_channels_are_those_that_flow(model, place, shape, dimens
 def test_channels_may_be_said_to_be_last():
     model, x = nn.Sequential(nn.Linear(12, 12), nn.ReLU()), torch.randn(2, 12, 5, 12)
     expected = model(x)
-    with pytest.raises(ValueError, match="which the layers in it do not show"):
+    with pytest.raises(ValueError, match="which the layers in it and around it do not show"):
         insert(model, "0", example=x)
     insert(model, {"0": {"dimensions": "channels_last"}}, example=x)
     insert(model, {"1": {"dimensions": "channels_last", "in_channels": 12, "bias": False}})
@@ -308,14 +308,14 @@ def in_a_row(*modules):
             "0",
             {},
             TypeError,
-            "must return a tensor; got tuple",
+            "must return a tensor of real numbers; got tuple",
         ),
         (
             lambda: in_a_row(nn.Conv2d(3, 12, 1), nn.LayerNorm(12)),
             "1",
             {},
             ValueError,
-            r"got \(2, 12, 16, 12\), which the layers in it do not show",
+            r"got \(2, 12, 16, 12\), which the layers in it and around it do not show",
         ),
         (
             lambda: in_a_row(nn.Flatten(2), nn.ReLU()),
@@ -375,3 +375,67 @@ def test_a_place_whose_calls_differ_is_refused():
 
     with pytest.raises(ValueError, match="'act' must return the same channels in all calls"):
         insert(Twice(), "act", example=torch.randn(IMAGE))
+
+
+@pytest.mark.parametrize("places", ["*", lambda name, module: bool(name)])
+def test_patterns_and_predicates_pass_over_what_cannot_be_a_host(places):
+    model = nn.ModuleDict({"a": nn.ModuleList([nn.Conv2d(3, 3, 1)]), "b": nn.Conv2d(3, 3, 1)})
+    nn.utils.parametrizations.weight_norm(model["b"])
+    model["c"] = torch.jit.script(nn.ReLU())
+    report = insert(model, places, in_channels=3, dimensions=2)
+    assert [change.name for change in report.changes] == ["a.0", "b"]
+    for name, message in (
+        ("a", "it is a ModuleList, which goes over"),
+        ("b.parametrizations.weight.0", "it makes a parametrized weight, not features"),
+        ("c", "it is scripted or traced, a program that takes no more modules"),
+    ):
+        with pytest.raises(ValueError, match=f"got '{name}' by '{name}', but {message}"):
+            insert(model, name, in_channels=3, dimensions=2)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [torch.jit.script, lambda module: torch.jit.trace(module, torch.randn(1, 3, 5, 5))],
+)
+@pytest.mark.parametrize("place", ["b", "b.0"])
+def test_scripted_hosts_are_refused_before_anything_changes(program, place):
+    convolutions = [nn.Conv2d(3, 3, 1) for _ in range(2)]
+    model = nn.ModuleDict({"a": convolutions[0], "b": program(nn.Sequential(convolutions[1]))})
+    with pytest.raises(ValueError, match=f"got '{place}' .*it is scripted or traced"):
+        insert(model, ["a", place], in_channels=3, dimensions=2)
+    assert not model["a"]._modules
+
+
+def test_what_is_given_is_checked_against_an_example():
+    model, given = Network(), {"in_channels": 8, "dimensions": 2}
+    with pytest.raises(
+        ValueError, match=r"'layer2' must return what fits .*4.*got \(2, 8, 16, 12\)"
+    ):
+        insert(model, "layer2", example=torch.randn(IMAGE), in_channels=4, dimensions=2)
+    with pytest.raises(
+        ValueError, match=r"call 'layer2'; (?s:.*)TypeError(?s:.*); or give no example"
+    ):
+        insert(model, "layer2", example="nonsense", **given)
+    insert(model, "layer2", example=torch.randn(IMAGE), **given)
+
+
+def test_what_is_given_is_believed_where_a_run_without_values_cannot_see_it():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), Returns(lambda x: x * float(x.mean().item() > 0)), nn.Conv2d(4, 5, 1)
+    )
+    given = {"in_channels": 5, "dimensions": 2}
+    insert(model, {"0": {}, "2": given}, example=torch.randn(IMAGE))
+    assert model[2].inserted_attention.in_channels == 5
+
+
+def test_only_real_numbers_are_attended_to():
+    model = nn.Sequential(Returns(lambda x: x.long()), Returns(lambda x: x.float()))
+    with pytest.raises(TypeError, match=r"'0' must .* real numbers; got one of torch.int64"):
+        insert(model, "0", example=torch.randn(IMAGE), in_channels=3, dimensions=2)
+
+
+def test_places_are_seen_in_evaluation_mode():
+    # In training a batch of one has no variance.
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)).train()
+    insert(model, "2", example=torch.randn(1, 3, 8, 8))
+    assert model.training

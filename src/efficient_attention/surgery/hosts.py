@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 CHILD = "inserted_attention"
@@ -34,12 +35,32 @@ def appends(host: nn.Module) -> bool:
     return isinstance(host, nn.Sequential) and type(host).forward is nn.Sequential.forward
 
 
-def unfit_to_host(_name: str, host: nn.Module) -> str | None:
+def cannot_host(name: str, host: nn.Module) -> str | None:
+    """Why a module of this kind takes no attention, or ``None``."""
+    if "parametrizations" in name.split("."):
+        return "it makes a parametrized weight, not features; choose the layer that has the weight"
+    if isinstance(host, torch.jit.ScriptModule):
+        return "it is scripted or traced, a program that takes no more modules; insert before that"
+    container = isinstance(host, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    return iterates(host) if container and not appends(host) else None
+
+
+def unfit_to_host(name: str, host: nn.Module) -> str | None:
     """Why nothing can be inserted here, or ``None``."""
     if hasattr(host, CHILD):
         return "it has inserted attention already; see remove()"
-    container = isinstance(host, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-    return iterates(host) if container and not appends(host) else None
+    return cannot_host(name, host)
+
+
+def compiled_around(model: nn.Module, name: str) -> str | None:
+    """The reason against a place in a compiled module: its program is not guarded against new hooks."""
+    around = [name.rsplit(".", n)[0] for n in range(name.count(".") + 1)] if name else []
+    for outer in (*around, ""):
+        module = model.get_submodule(outer)
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            said = repr(outer) if outer else "the model"
+            return f"{said} is compiled, and its program would not notice; insert, then compile"
+    return None
 
 
 def iterates(host: nn.Module) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import modules
-from .hosts import CHILD, attach, detach, unfit_to_host
+from .hosts import CHILD, attach, cannot_host, compiled_around, detach, unfit_to_host
 from .inference import layout, observe_outputs, placement
 from .places import Places, build_at, check_options, choose
 from .report import Change, Report
@@ -37,17 +40,21 @@ def insert(model: nn.Module, places: Places, *, example: Any = None, **defaults:
     Args:
         model: any module; changed in place.
         places: ``{place: options}``, or places alone. A place is a module's qualified name, a pattern as in ``fnmatch``
-            (``*`` crosses dots), or a predicate ``(name, module) -> bool``. Options: ``kind`` (``"efficient"`` or
+            (``*`` crosses dots), or a predicate ``(name, module) -> bool``; the latter two pass over modules of kinds
+            that cannot be hosts, as ``nn.ModuleList``. Options: ``kind`` (``"efficient"`` or
             ``"non_local"``); ``in_channels`` and ``dimensions``, inferred if not given: 1, 2 or 3, ``"tokens"``, or
             ``"channels_last"`` for features ``[B, ..., C]``, as Swin transformers have them; those of
-            :class:`EfficientAttention2d`; where channels are last ``bias``. Device and dtype are the host's.
+            :class:`EfficientAttention2d`; where channels are last ``bias``. The device is the host's, and so is the
+            dtype, of its parameters or, with ``example``, of its output.
         example: an input, a tuple of positional ones or a dict of keyword ones, to infer from: a copy of the model, in
-            eval mode, runs on it in fake tensors, which have shapes but neither values nor memory.
+            eval mode, runs on it in fake tensors, which have shapes but neither values nor memory. Hooks are part of
+            what a model computes, and run too. What is given is checked against it.
         defaults: options for all places; a place's own go first.
 
     Raises:
-        ValueError: a place that matches nothing, is taken, never called, shared or of unclear layout; unknown options.
-        TypeError: a place returns no tensor.
+        ValueError: a place that matches nothing, is taken, never called, shared or of unclear layout; one that is
+            scripted, traced or in a compiled model; unknown options; an example that contradicts them.
+        TypeError: a place returns no tensor of real numbers.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
@@ -59,14 +66,20 @@ def insert(model: nn.Module, places: Places, *, example: Any = None, **defaults:
     Paper: Shen et al. 2021, Sec. 4: modules behind res3 and the levels of a feature pyramid.
     """
     options = (*_WHERE, *_OWN, "bias")
+
+    def unfit(name: str, host: nn.Module) -> str | None:
+        return unfit_to_host(name, host) or compiled_around(model, name)
+
     chosen = choose(
-        model, places, unfit_to_host, passes_over=False, options=options, defaults=defaults
+        model, places, unfit, passes_over=cannot_host, options=options, defaults=defaults
     )
     for name, given in chosen.items():
         _check_values(name, given)
-    unknown = [n for n, o in chosen.items() if not {"in_channels", "dimensions"} <= o.keys()]
-    outputs = observe_outputs(model, unknown, example) if unknown else {}
-    built = {name: _build(model, name, chosen[name], outputs.get(name, [])) for name in chosen}
+    known = [n for n, given in chosen.items() if {"in_channels", "dimensions"} <= given.keys()]
+    needed = example is not None or len(known) < len(chosen)
+    outputs = observe_outputs(model, [*chosen], example, known) if needed else {}
+    with _random_numbers_kept(model):
+        built = {name: _build(model, name, chosen[name], outputs.get(name, [])) for name in chosen}
     keys = model.state_dict().keys()
     for name, attention in built.items():
         attach(model.get_submodule(name), attention)
@@ -114,18 +127,30 @@ def _check_values(name: str, options: dict[str, Any]) -> None:
 
 
 def _build(model: nn.Module, name: str, options: dict[str, Any], outputs: list[Any]) -> Any:
-    found = {layout(model, name, options, output) for output in outputs}
+    found = {(*layout(model, name, options, output), output.dtype) for output in outputs}
     if len(found) > 1:
         raise ValueError(f"{name!r} must return the same channels in all calls; got {found}")
-    dimensions, channels = found.pop() if found else (options["dimensions"], options["in_channels"])
+    placed = placement(model, name)
+    if found:
+        dimensions, channels, placed["dtype"] = found.pop()
+    else:
+        dimensions, channels = options["dimensions"], options["in_channels"]
     family = _KINDS[options.get("kind", "efficient")]
     if dimensions not in family:
         raise ValueError(f"kind of {name!r} must be 'efficient' on {dimensions}; got 'non_local'")
     own = {option: value for option, value in options.items() if option not in _WHERE}
     check_options(name, own, tuple(inspect.signature(family[dimensions]).parameters))
-    own = {"residual": True, "init": "zero", **own, **placement(model, name)}
+    own = {"residual": True, "init": "zero", **own, **placed}
     attention = build_at(name, family[dimensions], channels, **own)
     return attention.train(model.get_submodule(name).training)
+
+
+@contextmanager
+def _random_numbers_kept(model: nn.Module) -> Iterator[None]:
+    """Give back the global generators as they were: what a model draws next is what it drew without insertion."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[*devices]):
+        yield
 
 
 def _change(name: str, attention: Any, verb: str) -> Change:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from .hosts import CHILD
+
+# Of different ones, in one message.
+_MOST_REASONS = 3
 
 Places = str | Callable[..., bool] | Iterable[Any] | Mapping[Any, Mapping[str, Any]]
 
@@ -19,7 +22,9 @@ def choose(
     places: Places,
     unfit: Callable[[str, nn.Module], str | None],
     *,
-    passes_over: bool,
+    passes_over: Literal[True] | Callable[[str, nn.Module], str | None],
+    is_near: Callable[[nn.Module], bool] = lambda module: False,
+    inside_inserted: bool = False,
     options: tuple[str, ...] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -29,7 +34,9 @@ def choose(
         model: the model.
         places: see :func:`insert`.
         unfit: why a module cannot be a place, or ``None``.
-        passes_over: whether patterns and predicates pass over what is unfit; otherwise it is an error.
+        passes_over: what of it patterns and predicates pass over; ``True``: all; otherwise it is an error.
+        is_near: whether it is worth telling why an unfit module is unfit, before others.
+        inside_inserted: whether inserted attention itself can be a place.
         options: names of the options that a place may have.
         defaults: options for all places; a place's own go first.
 
@@ -41,23 +48,25 @@ def choose(
     if not isinstance(places, Mapping):
         places = {place: {} for place in places}
     named = dict(model.named_modules(remove_duplicate=False))
-    named = {name: m for name, m in named.items() if CHILD not in name.split(".")}
-    fit = {name: m for name, m in named.items() if not (passes_over and unfit(name, m))}
+    if not inside_inserted:
+        named = {name: m for name, m in named.items() if CHILD not in name.split(".")}
+    passed = unfit if passes_over is True else passes_over
+    fit = {name: m for name, m in named.items() if not passed(name, m)}
     chosen: dict[str, dict[str, Any]] = {}
     for place, own in places.items():
         found = [place] if place in named else _matching(place, fit)
         said = place if isinstance(place, str) else getattr(place, "__name__", place)
         if not found:
             near = difflib.get_close_matches(str(said), fit, n=3, cutoff=0)
-            unfitting = _first_unfitting(place, named, unfit)
+            unfitting = _why_unfit(place, named, unfit, is_near)
             raise ValueError(
                 f"places must match modules; got {said!r}; near names: {near}{unfitting}"
             )
         for name in found:
             same = [other for other, module in named.items() if module is named[name]]
             shared = f"{same} are one module; copy it first" if len(same) > 1 else None
-            reason = "it is asked for twice" if name in chosen else unfit(name, named[name])
-            if reason := shared or reason:
+            twice = "it is asked for twice" if name in chosen else None
+            if reason := shared or twice or unfit(name, named[name]):
                 raise ValueError(f"places must be fit; got {name!r} by {said!r}, but {reason}")
             chosen[name] = {**(defaults or {}), **own}
             check_options(name, chosen[name], options)
@@ -70,10 +79,15 @@ def _matching(place: Any, named: Mapping[str, nn.Module]) -> list[str]:
     return fnmatch.filter(filter(None, named), place)
 
 
-def _first_unfitting(place: Any, named: Mapping[str, nn.Module], unfit: Callable) -> str:
-    for name in _matching(place, named):
-        return f"; {name!r} matches, but {unfit(name, named[name])}"
-    return ""
+def _why_unfit(
+    place: Any, named: Mapping[str, nn.Module], unfit: Callable, is_near: Callable
+) -> str:
+    """What matches and is unfit, the nearest misses before others, one of a kind."""
+    matches = _matching(place, named)
+    nearest = [name for name in matches if is_near(named[name])] or matches[:1]
+    reasons = {unfit(name, named[name]): name for name in reversed(nearest)}
+    said = [f"; {name!r} matches, but {reason}" for reason, name in reversed(reasons.items())]
+    return "".join(said[:_MOST_REASONS])
 
 
 def check_options(name: str, got: Iterable[str], known: tuple[str, ...]) -> None:

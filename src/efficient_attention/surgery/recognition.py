@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import modules
@@ -50,6 +51,8 @@ class Candidate(NamedTuple):
 
 def recognise(module: nn.Module) -> Candidate | str:
     """How to replace a module, or why it cannot be."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted or traced; replace before that"
     for family in (_multihead, _non_local, _vision_transformer, _foreign_non_local, _diffusion):
         found: Candidate | str | None
         try:
@@ -63,6 +66,12 @@ def recognise(module: nn.Module) -> Candidate | str:
         "transformer (qkv, proj, num_heads), a non-local block (theta, phi, g), linear attention of a diffusion model "
         "(to_qkv, to_out, heads)"
     )
+
+
+def resembles_attention(module: nn.Module) -> bool:
+    """Whether a user may have expected that this is recognised."""
+    name = type(module).__name__.lower()
+    return any(part in name for part in ("attention", "attn", "nonlocal", "non_local"))
 
 
 def _multihead(old: Any) -> Candidate | str | None:
@@ -99,7 +108,7 @@ def _non_local(old: Any) -> Candidate | str | None:
         return _with_children_of(block, new, parts)
 
     # The layers may not be those that the block was built with. Under scaling both compute one map.
-    twin = random_copy(old)
+    twin: Any = random_copy(old)
     twin.normalization = "scaling"
     exchanged = surround(twin, order="linear")
     x = random_input(2, old.in_channels, *_EXTENTS[: old._dimensions])

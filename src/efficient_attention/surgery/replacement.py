@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .places import Places, build_at, check_options, choose
-from .recognition import Candidate, recognise
+from .recognition import Candidate, recognise, resembles_attention
 from .report import Change, Report
 
 __all__ = ["replace"]
@@ -38,7 +38,8 @@ def replace(model: nn.Module, places: Places, **defaults: Any) -> Report:
 
     Args:
         model: any module; changed in place.
-        places: as in :func:`insert`; patterns and predicates consider what can be replaced. Options, where the new
+        places: as in :func:`insert`, and ``*.inserted_attention``; patterns and predicates pass over what cannot be
+            replaced. Options, where the new
             module has them: ``normalization`` (default: the block's own; ``"softmax"`` for transformers), ``order``,
             and ``dropout=0.0`` to agree that a transformer's attention loses its dropout on weights, which are never
             built here.
@@ -64,8 +65,16 @@ def replace(model: nn.Module, places: Places, **defaults: Any) -> Report:
         found = recognised(module)
         return found if isinstance(found, str) else None if name else "it is the model itself"
 
-    options = ("normalization", "order", "dropout")
-    chosen = choose(model, places, unfit, passes_over=True, options=options, defaults=defaults)
+    chosen = choose(
+        model,
+        places,
+        unfit,
+        passes_over=True,
+        is_near=resembles_attention,
+        inside_inserted=True,
+        options=("normalization", "order", "dropout"),
+        defaults=defaults,
+    )
     built = {}
     for name, given in chosen.items():
         candidate: Any = recognised(model.get_submodule(name))
