@@ -110,7 +110,7 @@ def test_a_bad_annotation_is_named_by_file_and_id(folder, changes, message):
         ({"image_id": 99}, "image_id must be that of an image; got 99", "no image, annotation 12"),
         ({"image_id": None}, "image_id must be that of an image; got None", "no image"),
         ({"image_id": [2]}, r"image_id must be that of an image; got None", "no image"),
-        ({"id": 11}, "id must be its own; another has 11 too", "two.png"),
+        ({"id": 11}, "id must be its own; another annotation has 11 too", "two.png"),
         ({"id": None}, "id must be an integer; got None", "two.png"),
     ],
 )
@@ -132,7 +132,6 @@ def test_annotations_without_an_image_or_an_id_of_their_own_are_told(
         ({"file_name": None}, "file_name must be a string; got None"),
         ({"width": 30, "height": 40}, "the file has 40 x 30 pixels, its entry says 30 x 40"),
         ({"width": None}, "width and height must be positive integers; got None and 30"),
-        ({"id": 1}, "id must be its own; another has 1 too"),
         ({"id": "2"}, "id must be an integer; got '2'"),
     ],
 )
@@ -145,6 +144,17 @@ def test_a_bad_image_is_named_and_takes_its_annotations_along(folder, changes, m
         data = coco(folder, content, on_bad="drop")
     assert [target["image_id"] for _, target in data] == [1]
     assert len(data.ground_truth()["annotations"]) == 1
+
+
+def test_images_of_one_id_are_all_bad_as_nobody_knows_whose_the_annotations_are(folder):
+    content = changed("images", id=1)
+    with pytest.raises(BadEntries, match="id must be its own; 2 images have 1") as caught:
+        coco(folder, content)
+    assert [p.file_name for p in caught.value.problems] == ["one.jpg", "two.png", None]
+    content["images"].append({**CONTENT["images"][1], "id": 2})
+    with pytest.warns(UserWarning, match="has 2 bad images and 0 bad annotations"):
+        data = coco(folder, content, on_bad="drop")
+    assert [target["image_id"] for _, target in data] == [2]
 
 
 @pytest.mark.parametrize("name", ["one.jpg", "two.png"])

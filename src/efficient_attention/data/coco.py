@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,11 +76,10 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
         images_folder: where the ``file_name`` of images begin.
         annotation_file: json with images, annotations and categories.
         on_bad: ``"error"`` raises if an entry cannot be used; ``"drop"`` leaves it out, an image with its annotations,
-            and warns. These are: files that are missing, empty, damaged,
-            of more than 8 bits a channel or of another size than their entry says; boxes that are not finite or cover
-            nothing of the image; segmentations that are absent, have fewer than three points or do not fit the image;
-            unknown images and categories; ids that are not unique. An ``area`` that cannot be is no such fault: it is
-            counted anew, with a warning.
+            and warns. These are: files that are missing, empty, damaged, of more than 8 bits a channel or of another
+            size than their entry says; boxes that are not finite or cover nothing of the image; segmentations that are
+            absent, have fewer than three points or do not fit the image; unknown images and categories; ids that are
+            not unique. An ``area`` that cannot be is counted anew, with a warning.
         masks: off, segmentations are neither needed nor decoded.
         keep_empty: off, images without a target are left out.
         max_side: images with a longer side are scaled down to it in the worker, with their masks. A network that scales
@@ -115,7 +114,7 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
         images_folder: str | Path,
         annotation_file: str | Path,
         *,
-        on_bad: str = "error",
+        on_bad: Literal["error", "drop"] = "error",
         masks: bool = True,
         keep_empty: bool = True,
         max_side: int | None = None,

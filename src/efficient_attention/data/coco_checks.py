@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,16 +117,19 @@ def check_coco(content: Mapping[str, Any], images_folder: Path, *, masks: bool) 
     named = {_get(image, "id", None): image for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
     annotations: dict[int, list[dict[str, Any]]] = {image: [] for image in images}
-    seen: set[int] = set()
+    seen: set[Any] = set()
     recounted = 0
     for i, annotation in enumerate(content["annotations"]):
         image = _get(annotation, "image_id", None)
-        fault = _entry_fault(annotation, seen)
+        fault = _id_fault(annotation)
+        if fault is None and annotation["id"] in seen:
+            fault = f"id must be its own; another annotation has {annotation['id']} too"
         if fault is None and image in annotations:
             size = images[image]["width"], images[image]["height"]
             fault = _annotation_fault(annotation, *size, categories, masks)
         elif fault is None and image not in named:
             fault = f"image_id must be that of an image; got {image!r}"
+        seen.add(_get(annotation, "id", None))
         if fault is not None:
             name = _get(named.get(image), "file_name", None)
             problems.append(Problem(name, image, _get(annotation, "id", f"#{i}"), fault))
@@ -151,8 +155,8 @@ def _check_images(
     entries: list[Any], folder: Path, sound: dict[int, dict[str, Any]]
 ) -> Iterator[Problem]:
     """Problems of images; the others are added to ``sound``."""
-    seen: set[int] = set()
-    faults = [_entry_fault(entry, seen) or _image_fault(entry) for entry in entries]
+    numbers = Counter(_get(entry, "id", None) for entry in entries)
+    faults = [_id_fault(entry) or _image_fault(entry, numbers) for entry in entries]
     readable = [entry for entry, fault in zip(entries, faults, strict=True) if fault is None]
     with ThreadPoolExecutor(_READERS) as readers:
         found = readers.map(lambda image: _file_fault(folder, image), readable)
@@ -165,17 +169,15 @@ def _check_images(
                 yield Problem(str(name), _get(entry, "id", None), None, fault)
 
 
-def _entry_fault(entry: Any, seen: set[int]) -> str | None:
+def _id_fault(entry: Any) -> str | None:
     number = _get(entry, "id", None)
-    if type(number) is not int:
-        return f"id must be an integer; got {number!r}"
-    if number in seen:
-        return f"id must be its own; another has {number} too"
-    seen.add(number)
-    return None
+    return None if type(number) is int else f"id must be an integer; got {number!r}"
 
 
-def _image_fault(image: Mapping[str, Any]) -> str | None:
+def _image_fault(image: Mapping[str, Any], numbers: Mapping[int, int]) -> str | None:
+    if numbers[image["id"]] > 1:
+        # Of none of them can be said which annotations are its own.
+        return f"id must be its own; {numbers[image['id']]} images have {image['id']}"
     size = image.get("width"), image.get("height")
     if not all(type(length) is int and length > 0 for length in size):
         return f"width and height must be positive integers; got {size[0]!r} and {size[1]!r}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class FashionMnist(Dataset[tuple[Tensor, int]]):
         self,
         folder: str | Path,
         *,
-        split: str = "train",
+        split: Literal["train", "test"] = "train",
         augment: Callable[[Any], Any] | None = None,
         download: bool = False,
     ) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -118,7 +118,7 @@ class ImageFolders(Dataset[tuple[Tensor, int]]):
 def imagenet(
     folder: str | Path,
     *,
-    split: str = "val",
+    split: Literal["train", "val"] = "val",
     size: int = 224,
     training: bool = False,
     augment: Callable[[Any], Any] | None = None,
