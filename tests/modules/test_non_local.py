@@ -98,3 +98,11 @@ def test_inputs_are_feature_maps(x):
     block = EfficientNonLocal(layers(), **ROLES, normalization="scaling")
     with pytest.raises(ValueError, match=r"x must have shape \[B, C, ...\] of 1 to 3 dimensions"):
         block(x)
+
+
+def test_the_map_that_is_never_built_is_not_returned():
+    block = EfficientNonLocal(layers(), **ROLES, normalization="scaling").eval()
+    x = torch.randn(2, 6, 8, 8)
+    assert torch.equal(block(x, return_nl_map=False), block(x))
+    with pytest.raises(NotImplementedError, match=r"return_nl_map must be False: .*never built"):
+        block(x, return_nl_map=True)

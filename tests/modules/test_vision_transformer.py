@@ -159,6 +159,7 @@ def test_freezing_names_its_order():
         ({"attn_mask": torch.ones(2, 6)}, ValueError, r"for B, N = \(2, 7\); got \(2, 6\)"),
         ({"attn_mask": torch.ones(3, 1, 1, 7)}, ValueError, r"\(2, 7\); got \(3, 1, 1, 7\)"),
         ({"attn_mask": torch.ones(2, 7).long()}, TypeError, "bool or floating; got torch.int64"),
+        ({"attn_mask": [[True] * 7] * 2}, TypeError, "attn_mask must be a tensor; got list"),
         ({"attn_mask": torch.ones(2, 2, 1, 7) > 0}, ValueError, "key_mask must be"),
     ],
 )
@@ -180,6 +181,8 @@ def test_a_mask_that_may_be_one_of_n_x_n_is_refused():
     [
         ({"num_heads": 5}, ValueError, "dim must be divisible by num_heads = 5; got 12"),
         ({"num_heads": 0}, ValueError, "num_heads must be a positive integer; got 0"),
+        ({"attn_head_dim": 0}, ValueError, "attn_head_dim must be a positive integer; got 0"),
+        ({"dim_out": 0}, ValueError, "dim_out must be a positive integer; got 0"),
         ({"attn_drop": 0.1}, NotImplementedError, "attn_drop must be 0: .*got 0.1.*proj_drop"),
         ({"qk_norm": True}, ValueError, "norm_layer must be given with qk_norm or scale_norm"),
         ({"normalization": "none"}, ValueError, "normalization must be one of"),
@@ -191,7 +194,7 @@ def test_the_constructor_says_what_is_wrong(options, error, message):
         ViTEfficientAttention(12, **{"num_heads": 3, **options})
 
 
-@pytest.mark.parametrize("x", [torch.randn(7, 12), None])
+@pytest.mark.parametrize("x", [torch.randn(7, 12), torch.randn(2, 7, 11), None])
 def test_inputs_are_tokens(x):
-    with pytest.raises(ValueError, match=r"x must have shape \[B, N, C\]; got"):
+    with pytest.raises(ValueError, match=r"x must have shape \[B, N, C\] with C = 12; got"):
         ViTEfficientAttention(12, 3)(x)

@@ -149,26 +149,28 @@ def test_the_embedded_gaussian_form_has_the_same_parts_and_is_an_approximation(f
     assert scaling[0].normalization == "scaling"
 
 
-def test_parts_stay_the_same_objects_in_their_own_modes():
-    block = NonLocalBlock(6, 4, 2, "scaling", norm=True)
-    block.W[1].eval()
+@pytest.mark.parametrize("training", [True, False])
+def test_parts_stay_the_same_objects_in_their_own_modes(training):
+    block = NonLocalBlock(6, 4, 2, "scaling", norm=True).train(training)
+    block.W[1].train(not training)
     model = nn.Sequential(block)
     parameters = dict(model.named_parameters())
     replace(model, "0")
     assert model[0].W is block.W
-    assert model[0].training
-    assert not model[0].W[1].training
+    assert model[0].training == training
+    assert model[0].W[1].training != training
     assert all(parameters[name] is p for name, p in model.named_parameters())
     assert model[0].planned_order(torch.randn(1, 6, 64, 64)) == "linear"
 
 
-def test_a_transformers_parts_stay_in_their_own_modes():
-    block = Attention(12, 3)
-    block.proj_drop.eval()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_transformer_and_its_parts_stay_in_their_own_modes(training):
+    block = Attention(12, 3).train(training)
+    block.proj_drop.train(not training)
     model = nn.Sequential(block)
     replace(model, "0")
-    assert model[0].training
-    assert not model[0].proj_drop.training
+    assert model[0].training == training
+    assert model[0].proj_drop.training != training
 
 
 def test_timms_non_local_block_is_known_by_its_letters():
@@ -331,6 +333,13 @@ class Cubed(NonLocalBlock):
         return logits**3
 
 
+class Warmed(NonLocalBlock):
+    """Another map, by less than what float32 would show."""
+
+    def weights(self, logits):
+        return super().weights(logits * (1 + 1e-7))
+
+
 class Gaussian(nn.Module):
     def __init__(self):
         super().__init__()
@@ -369,6 +378,8 @@ def hooked():
         (hooked, "it has hooks"),
         (uncopied, "it cannot be copied, to see what it computes: Only Tensors created explicitly"),
         (lambda: Cubed(4, 2, 2, "scaling"), "computes neither dot-product nor embedded-Gaussian"),
+        (lambda: Warmed(4, 2, 2, "softmax"), "computes neither dot-product nor embedded-Gaussian"),
+        (lambda: Warmed(4, 2, 2, "scaling"), "computes neither dot-product nor embedded-Gaussian"),
         (Gaussian, "it is a Gaussian non-local block: .* no linear form"),
         (Concatenation, "it is a concatenation non-local block: .* no linear form"),
         (lambda: Undivided(6, 2, 4), "does not compute linear attention over a memory"),

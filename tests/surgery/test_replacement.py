@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import efficient_attention as ea
-from efficient_attention.surgery import replace
+from efficient_attention.surgery import insert, remove, replace
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
@@ -89,14 +89,14 @@ def test_replacing_every_attention_of_an_encoder_takes_one_line(nested):
     assert len(report.notes) == nested
 
 
-def test_encoders_around_a_place_stop_making_nested_tensors_and_others_do_not():
+@pytest.mark.parametrize("name", ["a", "ab"])
+def test_encoders_around_a_place_stop_making_nested_tensors_and_others_do_not(name):
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.ModuleDict({name: nn.TransformerEncoder(layer, 1) for name in ("a", "ab")})
-    report = replace(model, "ab.*", dropout=0.0)
-    assert not model["ab"].use_nested_tensor
-    assert model["a"].use_nested_tensor
+    report = replace(model, f"{name}.*", dropout=0.0)
+    assert [n for n, encoder in model.items() if not encoder.use_nested_tensor] == [name]
     (note,) = report.notes
-    assert note.startswith("ab makes no nested tensors of padded batches any more")
+    assert note.startswith(f"{name} makes no nested tensors of padded batches any more")
     assert str(report).endswith(note)
 
 
@@ -127,3 +127,45 @@ def test_replace_refuses_what_it_cannot_keep():
     hooked[0].register_forward_hook(lambda module, inputs, output: None)
     with pytest.raises(ValueError, match="it has hooks"):
         replace(hooked, "0")
+
+
+@pytest.mark.parametrize("place", ["0.inserted_attention", "*.inserted_attention", "*"])
+def test_inserted_non_local_blocks_are_replaced_where_they_are(place):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1)).double(), torch.randn(2, 3, 6, 5).double()
+    options = {"normalization": "scaling", "init": "official"}
+    report = insert(model, "0", example=x, kind="non_local", **options)
+    expected, keys = model(x), list(model.state_dict())
+    (change,) = replace(model, place).changes
+    assert change[:2] == ("0.inserted_attention", "NonLocal2d -> EfficientAttention2d")
+    assert change.outputs == "exact"
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert list(model.state_dict()) == keys
+    assert remove(model).removed_keys == report.new_keys
+
+
+def test_a_pattern_without_places_tells_the_nearest_misses():
+    class WindowAttention(nn.Module):
+        pass
+
+    class Attn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj, self.num_heads = nn.Linear(4, 12), nn.Linear(4, 4), 2
+            self.position = nn.Parameter(torch.zeros(1))
+
+    blocks = [nn.ModuleDict({"w": WindowAttention(), "a": Attn()}) for _ in range(3)]
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), *blocks)
+    message = (
+        r"; '1.w' matches, but it is a WindowAttention, not one of .*"
+        r"; '1.a' matches, but it has \['position'\] beside \['qkv'.*\]$"
+    )
+    with pytest.raises(ValueError, match=message):
+        replace(model, "*")
+
+
+def test_scripted_attention_is_refused():
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2)})
+    model["b"] = torch.jit.script(nn.MultiheadAttention(4, 2))
+    with pytest.raises(ValueError, match="got 'b' by 'b', but it is scripted or traced"):
+        replace(model, ["a", "b"])
+    assert type(model["a"]) is nn.MultiheadAttention

@@ -36,10 +36,12 @@ class EfficientNonLocal(nn.Module):
         normalization: ``"softmax"`` or ``"scaling"``.
         order: ``"auto"``, ``"linear"`` or ``"quadratic"``, as in :func:`efficient_attention`.
 
-    ``forward(x)``: ``x`` is ``[B, C, *spatial]`` of 1 to 3 dimensions. Returns its shape.
+    ``forward(x, return_nl_map=False)``: ``x`` is ``[B, C, *spatial]`` of 1 to 3 dimensions. Returns its shape.
+    ``return_nl_map``, which some of those blocks take, must be False: the map is never built.
 
     Raises:
         ValueError: a name that is not among the layers, an unknown option, an input of another rank.
+        NotImplementedError: ``return_nl_map``.
 
     Example:
         >>> layers = {name: torch.nn.Conv2d(8, 8, 1) for name in ("g", "theta", "phi", "W")}
@@ -81,8 +83,12 @@ class EfficientNonLocal(nn.Module):
         self._output = tuple(output)
 
     @one_operation
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, return_nl_map: bool = False) -> Tensor:
         """Let every position of ``x`` attend to all of them; see the class."""
+        if return_nl_map:
+            raise NotImplementedError(
+                "return_nl_map must be False: the N x N map is never built. Keep the non-local block here"
+            )
         attention = partial(efficient_attention, normalization=self.normalization, order=self.order)
         return self.surround(attention, x)
 

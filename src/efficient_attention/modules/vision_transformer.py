@@ -58,7 +58,7 @@ class ViTEfficientAttention(nn.Module):
 
     Raises:
         ValueError: sizes that do not fit together, unknown options, a mask that may be one of N x N.
-        TypeError: a mask that is neither bool nor floating.
+        TypeError: a mask that is no tensor, or neither bool nor floating.
         NotImplementedError: something that has no linear form.
 
     Example:
@@ -92,6 +92,9 @@ class ViTEfficientAttention(nn.Module):
         super().__init__()
         check_size("dim", dim)
         check_size("num_heads", num_heads)
+        for name, size in (("attn_head_dim", attn_head_dim), ("dim_out", dim_out)):
+            if size is not None:
+                check_size(name, size)
         if attn_head_dim is None and dim % num_heads:
             raise ValueError(f"dim must be divisible by num_heads = {num_heads}; got {dim}")
         if attn_drop:
@@ -103,6 +106,7 @@ class ViTEfficientAttention(nn.Module):
             raise ValueError("norm_layer must be given with qk_norm or scale_norm; got None")
         check_option("normalization", normalization, NORMALIZATIONS)
         check_option("order", order, ("auto", *OPERATOR_ORDERS))
+        self.dim = dim
         self.num_heads = num_heads
         self.normalization = normalization
         self.order = order
@@ -132,9 +136,9 @@ class ViTEfficientAttention(nn.Module):
                 "is_causal must be False: the paper's keys are normalized over all positions, so that every position "
                 "sees every other. Keep dot-product attention here"
             )
-        if not isinstance(x, Tensor) or x.dim() != 3:
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.dim:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must have shape [B, N, C]; got {got}")
+            raise ValueError(f"x must have shape [B, N, C] with C = {self.dim}; got {got}")
         key_mask = _key_mask(attn_mask, x.shape[0], x.shape[1])
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -195,6 +199,8 @@ def _key_mask(attn_mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
     """``attn_mask`` as ``[B or 1, H or 1, N]``, if it says the same to every query."""
     if attn_mask is None:
         return None
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor; got {type(attn_mask).__name__}")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask must be bool or floating; got {attn_mask.dtype}")
     shape = tuple(attn_mask.shape)
