@@ -252,6 +252,16 @@ def test_random_numbers_stay_those_of_the_plain_model():
     assert not torch.equal(keys[0], keys[1])
 
 
+def test_a_compiled_plain_model_lends_no_program_where_hooks_are_guarded():
+    torch.compiler.reset()
+    plain = Network().eval()
+    model, x = copy.deepcopy(plain), torch.randn(IMAGE)
+    insert(model, "layer2", example=x, init="official")
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        for network in (plain, model):
+            torch.testing.assert_close(torch.compile(network, backend="eager")(x), network(x))
+
+
 @pytest.mark.parametrize("place", ["0.0", "1"])
 def test_a_compiled_model_is_refused(place):
     def plain():

@@ -145,6 +145,15 @@ def test_a_vision_transformer_is_built_with_our_attention_and_takes_its_checkpoi
     assert torch.equal(model.eval()(x), plain.eval()(x))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_vision_transformers_attention_and_its_parts_stay_in_their_own_modes(training):
+    model = timm_vit(depth=1).train(training)
+    model.blocks[0].attn.proj_drop.train(not training)
+    replace(model, "blocks.0.attn")
+    assert model.blocks[0].attn.training == training
+    assert model.blocks[0].attn.proj_drop.training != training
+
+
 def test_pictures_of_several_sizes_do_not_see_their_padding():
     timm = pytest.importorskip("timm")
     sizes = {"embed_dim": 48, "num_heads": 3, "depth": 2}

@@ -163,16 +163,6 @@ def test_parts_stay_the_same_objects_in_their_own_modes(training):
     assert model[0].planned_order(torch.randn(1, 6, 64, 64)) == "linear"
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_transformer_and_its_parts_stay_in_their_own_modes(training):
-    block = Attention(12, 3).train(training)
-    block.proj_drop.train(not training)
-    model = nn.Sequential(block)
-    replace(model, "0")
-    assert model[0].training == training
-    assert model[0].proj_drop.training != training
-
-
 def test_timms_non_local_block_is_known_by_its_letters():
     timm = pytest.importorskip("timm.layers")
     _, after, change = exchanged(timm.NonLocalAttn(16))

@@ -37,6 +37,10 @@ def insert(model: nn.Module, places: Places, *, example: Any = None, **defaults:
     ``report.new_keys``. Insert before compiling the model and building its optimizer. All positions take part: a place
     knows of no padding. Returns a :class:`Report`; after an error the model is as before.
 
+    One process that compiles both the plain model and this one has to set
+    ``torch._dynamo.config.skip_nnmodule_hook_guards = False`` first: by default PyTorch does not tell modules with
+    hooks, by which attention is applied, from those without, and runs the program that was compiled first for both.
+
     Args:
         model: any module; changed in place.
         places: ``{place: options}``, or places alone. A place is a module's qualified name, a pattern as in ``fnmatch``
