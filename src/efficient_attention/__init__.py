@@ -18,6 +18,7 @@ from .modules import (
     masked,
 )
 from .ops import Context, attend, dot_product_attention, efficient_attention, summarize
+from .planning import Plan, plan
 from .surgery import Report, insert, remove, replace
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "NonLocal1d",
     "NonLocal2d",
     "NonLocal3d",
+    "Plan",
     "Report",
     "ViTEfficientAttention",
     "attend",
@@ -45,6 +47,7 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "masked",
+    "plan",
     "remove",
     "replace",
     "summarize",

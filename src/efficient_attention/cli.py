@@ -6,6 +6,7 @@ Each command imports what it needs when it runs, so that help and errors come at
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -69,6 +70,26 @@ def _demo(options: argparse.Namespace) -> None:
     )
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from .model_sources import find_model, make_inputs
+    from .planning import plan
+
+    model = find_model(options.model)
+    try:
+        planned = plan(
+            model.eval(),
+            make_inputs(model, options.input),
+            places=options.places,
+            budget=options.budget,
+            key_channels=options.key_channels,
+            value_channels=options.value_channels,
+            num_heads=options.num_heads,
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error
+    print(json.dumps(planned.as_dict(), indent=2) if options.json else planned)
+
+
 def _train(options: argparse.Namespace) -> None:
     try:
         from .training import command
@@ -98,9 +119,44 @@ def _build_parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_training):
+    for add in (_add_demo, _add_plan, _add_training):
         add(commands)
     return parser
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    parser = _add_command(
+        commands,
+        "plan",
+        _plan,
+        "tell where attention could go in a network, what it costs and what fits a memory",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a network of this package, timm:NAME, torchvision:NAME or package.module:function",
+    )
+    parser.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="SHAPE",
+        help="of an input, such as 1x3x800x1333 or 1x77:int64; once for each",
+    )
+    parser.add_argument("--budget", metavar="SIZE", help='memory that is there, such as "8 GiB"')
+    parser.add_argument(
+        "--places", nargs="+", metavar="NAME", help="modules, by name or pattern (default: stages)"
+    )
+    parser.add_argument(
+        "--key-channels", type=_integer(1), metavar="N", help="default: half of a place's channels"
+    )
+    parser.add_argument(
+        "--value-channels", type=_integer(1), metavar="N", help="default: a place's channels"
+    )
+    parser.add_argument(
+        "--num-heads", type=_integer(1), default=1, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--json", action="store_true", help="numbers for programs, in bytes")
 
 
 def _add_training(commands: argparse._SubParsersAction) -> None:
