@@ -243,13 +243,22 @@ def test_the_dtype_is_that_of_the_last_parameter_or_of_the_output_where_it_is_se
         assert model[0].inserted_attention.keys.weight.dtype == dtype
 
 
-def test_random_numbers_stay_those_of_the_plain_model():
+def test_modules_inserted_one_after_another_start_from_weights_of_their_own():
     model = Network()
-    state = torch.get_rng_state()
-    insert(model, PLACES, example=torch.randn(IMAGE, generator=torch.Generator()))
-    assert torch.equal(torch.get_rng_state(), state)
+    for place in ("layer1.0", "layer1.1"):
+        insert(model, place, in_channels=8, dimensions=2)
     keys = [m.keys.weight for m in model.modules() if isinstance(m, ea.EfficientAttention2d)]
     assert not torch.equal(keys[0], keys[1])
+
+
+def test_looking_at_a_model_draws_no_random_numbers():
+    model = Network()
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="'layer9'"):
+        insert(model, "layer9", example=torch.zeros(IMAGE))
+    with pytest.raises(ValueError, match="heads"):
+        insert(model, "layer1", example=torch.zeros(IMAGE), heads=2)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_compiled_plain_model_lends_no_program_where_hooks_are_guarded():

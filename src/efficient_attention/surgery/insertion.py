@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import modules
@@ -82,8 +79,7 @@ def insert(model: nn.Module, places: Places, *, example: Any = None, **defaults:
     known = [n for n, given in chosen.items() if {"in_channels", "dimensions"} <= given.keys()]
     needed = example is not None or len(known) < len(chosen)
     outputs = observe_outputs(model, [*chosen], example, known) if needed else {}
-    with _random_numbers_kept(model):
-        built = {name: _build(model, name, chosen[name], outputs.get(name, [])) for name in chosen}
+    built = {name: _build(model, name, chosen[name], outputs.get(name, [])) for name in chosen}
     keys = model.state_dict().keys()
     for name, attention in built.items():
         attach(model.get_submodule(name), attention)
@@ -147,14 +143,6 @@ def _build(model: nn.Module, name: str, options: dict[str, Any], outputs: list[A
     own = {"residual": True, "init": "zero", **own, **placed}
     attention = build_at(name, family[dimensions], channels, **own)
     return attention.train(model.get_submodule(name).training)
-
-
-@contextmanager
-def _random_numbers_kept(model: nn.Module) -> Iterator[None]:
-    """Give back the global generators as they were: what a model draws next is what it drew without insertion."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[*devices]):
-        yield
 
 
 def _change(name: str, attention: Any, verb: str) -> Change:
