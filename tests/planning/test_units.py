@@ -24,9 +24,13 @@ def test_sizes_are_read_in_all_units(text, size):
     assert parse_bytes("budget", text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "8 GiBs", "8 G", "-8 GiB", "8,5 GiB", "0", 0, -1, None, "1e9"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "8 GiBs", "8 G", "-8 GiB", "8,5 GiB", "0", 0, -1, None, "1e9"]
+)
 def test_what_is_no_size_is_named_with_what_was_expected(text):
-    with pytest.raises(ValueError, match="budget must be a positive size such as '8 GiB'") as caught:
+    with pytest.raises(
+        ValueError, match="budget must be a positive size such as '8 GiB'"
+    ) as caught:
         parse_bytes("budget", text)
     assert repr(text) in str(caught.value)
 

@@ -166,10 +166,11 @@ class Survey:
             if call.name:
                 calls[self._caller(call.name)].append(call)
         names = Counter(map(id, dict(self._model.named_modules(remove_duplicate=False)).values()))
+        top = self._below_wrappers(calls)
         for caller in calls:
-            if self._depth(caller, calls) > 1:
+            if self._depth(caller, top, calls) > 1:
                 continue
-            for run in self._runs(caller, calls[caller]):
+            for run in self._runs(caller, top, calls[caller]):
                 # The last block; where there is none, the last layer.
                 for name in sorted(run, key=lambda name: name in calls, reverse=True):
                     module, place = self._model.get_submodule(name), self._features[name]
@@ -183,17 +184,24 @@ class Survey:
         name = name.rpartition(".")[0]
         return name if name in self._outputs or not name else self._caller(name)
 
-    def _depth(self, name: str, calls: Mapping[str, list[_Call]]) -> int:
-        """How many blocks that return features a module is in, itself included; wrappers of one other do not count."""
-        if not name:
+    def _below_wrappers(self, calls: Mapping[str, list[_Call]]) -> str:
+        """The model, or what it does nothing but call."""
+        name = ""
+        while not self.stop and len(inner := {call.name for call in calls.get(name, ())}) == 1:
+            (name,) = inner
+        return name
+
+    def _depth(self, name: str, top: str, calls: Mapping[str, list[_Call]]) -> int:
+        """How many blocks a module is in, itself included: what returns features and calls more than one module."""
+        if not name or name == top:
             return 0
         block = name in self._features and len({call.name for call in calls.get(name, ())}) > 1
-        return block + self._depth(self._caller(name), calls)
+        return block + self._depth(self._caller(name), top, calls)
 
-    def _runs(self, caller: str, calls: list[_Call]) -> Iterator[list[str]]:
+    def _runs(self, caller: str, top: str, calls: list[_Call]) -> Iterator[list[str]]:
         """Names of modules that return the same positions, one after another; the last one first."""
         ends: set[Any] = {None}
-        if caller and caller in self._features:
+        if caller not in ("", top) and caller in self._features:
             around = [call for call in self._calls if call.name == caller]
             shapes = [shape for call in around for shape in (call.got, tuple(call.output.shape))]
             ends |= {self._features[caller].sides(shape) for shape in shapes}
