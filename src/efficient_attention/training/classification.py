@@ -52,6 +52,10 @@ class Classification(Task):
             raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}")
         self.label_smoothing = label_smoothing
 
+    def classes(self, dataset: Any) -> int | None:
+        """As the data set names them."""
+        return len(dataset.classes) if hasattr(dataset, "classes") else None
+
     def losses(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """The cross-entropy."""
         images, labels = batch  # [B, 3, H, W], [B]

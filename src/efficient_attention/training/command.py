@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import re
 import warnings
@@ -37,10 +38,19 @@ DATA = (ClassificationData, DetectionData, StereoData)
 
 _CHECKPOINTS = "checkpoints"
 _KEYWORDS = {"best": BEST, "last": LAST}
+# Options of the classes that a recipe names.
+_IN_A_CLASS = re.compile(r"--(model|data)\.[\w.]+$")
 # What the parser says around the reason.
 _NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
     r"|Given value type: .*|Given value: .*"
+)
+
+# About Lightning's own code, of which a user can change nothing.
+_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\)",
+    r"\s*``instantiate_classes`` was deprecated",
+    r"\s*By default only one JsonargparseDeprecationWarning",
 )
 
 
@@ -57,8 +67,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_no_advertisement)
-    # Of Lightning's own code, which a user can do nothing about.
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     with _told_in_one_line(MisconfigurationException):
         Command(command, arguments)
 
@@ -117,13 +127,16 @@ class Command(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and tell of what cannot be parsed in one line."""
         with _told_in_one_line(argparse.ArgumentError, ValueError, TypeError, OSError):
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args(_with_nulls(args))
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint, and see that no other run is overwritten."""
         options = self.config[self._command]
         folder = Path(options.output)
         given = options.ckpt_path
+        if options.data.init_args.val is None:
+            # Lightning would warn of an empty loader.
+            options.trainer.limit_val_batches = 0
         if given is not None:
             options.ckpt_path = self._checkpoint(str(given), folder)
         if options.ckpt_path is not None:
@@ -220,7 +233,7 @@ class SaveConfig(SaveConfigCallback):
         """Write ``config.yaml``, or ``config-2.yaml``..., unless the last of them says the same."""
         if stage != "fit":
             return
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         number, path = 1, folder / "config.yaml"
@@ -230,6 +243,26 @@ class SaveConfig(SaveConfigCallback):
             number += 1
             path = folder / f"config-{number}.yaml"
         path.write_text(text)
+
+
+def _with_nulls(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which ``--a.b null`` is a piece of a recipe, in its place: ``--config '{"a": {"b": null}}'``.
+
+    On the command line jsonargparse hands a null on to the options of a class as the text None.
+    """
+    found: list[str] = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if argument == "null" and found and _IN_A_CLASS.match(found[-1]):
+            option = found.pop()
+        elif not (equals and value == "null" and _IN_A_CLASS.match(option)):
+            found.append(argument)
+            continue
+        piece: Any = None
+        for part in reversed(option.removeprefix("--").split(".")):
+            piece = {part: piece}
+        found += ["--config", json.dumps(piece)]
+    return found
 
 
 @contextmanager
@@ -243,7 +276,9 @@ def _told_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
 def _one_line(message: str) -> str:
     lines = (line.strip() for line in message.splitlines())
     told = " ".join(line.removeprefix("- ") for line in lines if not _NOISE.fullmatch(line))
-    return told.replace("are required:", "are required, as a recipe (--config recipes/...) has them:")
+    return told.replace(
+        "are required:", "are required, as a recipe (--config recipes/...) has them:"
+    )
 
 
 def _checkpoints(output: str) -> str:

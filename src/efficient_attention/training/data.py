@@ -61,7 +61,8 @@ class Data(LightningDataModule, ABC):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.workers, self.seed = workers, seed
         self._factories = {"train": train, "val": val, "test": test, "predict": predict or test}
-        self._datasets: dict[str, Dataset] = {}
+        #: By stage, those that have been needed.
+        self.datasets: dict[str, Dataset] = {}
         self._resumed: dict[str, int] | None = None
 
     def collate(self, samples: Sequence[Any]) -> Any:
@@ -77,9 +78,9 @@ class Data(LightningDataModule, ABC):
         stages = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,))
         for name in stages:
             factory = self._factories[name]
-            if factory is not None and name not in self._datasets:
+            if factory is not None and name not in self.datasets:
                 try:
-                    self._datasets[name] = factory()
+                    self.datasets[name] = factory()
                 except (OSError, TypeError, ValueError) as error:
                     raise InputError(f"data.{name} cannot be used: {error}") from error
 
@@ -105,7 +106,7 @@ class Data(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Every sample once, over all processes; nothing, if there is nothing to validate on."""
-        return self._evaluation("val") if "val" in self._datasets else []
+        return self._evaluation("val") if "val" in self.datasets else []
 
     def test_dataloader(self) -> DataLoader:
         """Every sample once, over all processes."""
@@ -188,9 +189,9 @@ class Data(LightningDataModule, ABC):
         Raises:
             InputError: none was given.
         """
-        if name not in self._datasets:
+        if name not in self.datasets:
             raise InputError(f"data.{name} must be given for this command; got none")
-        return self._datasets[name]
+        return self.datasets[name]
 
 
 class _RunLoader(ResumableLoader):

@@ -50,6 +50,10 @@ class Detection(Task):
         # Of the data set that was last evaluated, as it may take long to put together.
         self._truth: tuple[Any, dict[str, Any]] | None = None
 
+    def classes(self, dataset: Any) -> int | None:
+        """The categories of the data set, and the background."""
+        return getattr(dataset, "num_classes", None)
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Those of the proposals and of the heads."""
         images, targets = batch

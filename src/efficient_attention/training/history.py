@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -78,12 +78,16 @@ class History(Logger):
         """Add a line of whatever JSON can hold."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dict(line)) + "\n"
-        # One write of a file in append mode: a line is there or not, whatever happens meanwhile.
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(file, text.encode())
-        finally:
-            os.close(file)
+        with self.path.open("ab+") as file:
+            # What was killed may have left a part of a line.
+            if file.seek(0, os.SEEK_END) and _last_byte(file) != b"\n":
+                text = "\n" + text
+            file.write(text.encode())
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 def provenance() -> dict[str, Any]:

@@ -68,6 +68,10 @@ class Task(LightningModule, ABC):
         #: Of the last evaluation, by name, with the protocol where there are several.
         self.scores: dict[str, Any] = {}
 
+    def classes(self, dataset: Any) -> int | None:
+        """How many classes the labels of a data set are of, the background of detection included; None: unknown."""
+        return None
+
     @abstractmethod
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """The parts of the loss of a batch, by name; training descends on their sum."""
@@ -83,6 +87,16 @@ class Task(LightningModule, ABC):
     @abstractmethod
     def write_predictions(self, outputs: Any, folder: Path) -> list[dict[str, Any]]:
         """Write what ``predict_step`` returned, and say it in records that JSON can hold."""
+
+    def setup(self, stage: str) -> None:
+        """See that the network has a number for every class of the data."""
+        ours = self.network.configuration.get("num_classes")
+        for name, dataset in self._data.datasets.items():
+            theirs = self.classes(dataset)
+            if ours is not None and theirs is not None and theirs > ours:
+                raise InputError(
+                    f"model.network.options.num_classes must be at least {theirs} for data.{name}; got {ours}"
+                )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch."""
@@ -164,11 +178,13 @@ class Task(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say how the network of the checkpoint differs from this one; this one's options count."""
         there: Mapping[str, Any] = checkpoint.get(_CONFIGURATION, {})
-        for option, (theirs, ours) in differences(there, self.network.configuration).items():
+        other = differences(there, self.network.configuration)
+        for option, (theirs, ours) in other.items():
             rank_zero_info(
                 f"The network of the checkpoint has {option}={theirs!r}; here {ours!r} counts"
             )
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        # Of another network the weights do not fit, which comes next.
+        if self.trainer.state.fn == TrainerFn.FITTING and not other:
             self._check_optimizer(checkpoint)
 
     def load_state_dict(
