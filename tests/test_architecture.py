@@ -38,7 +38,15 @@ OPS = {
     "reference": {"precision"},
     "blocked": {"layout", "planner", "precision"},
     "library": {"blocked", "flops", "layout", "precision", "reference"},
-    "functional": {"arguments", "context", "library", "limits", "planner", "precision", "reference"},
+    "functional": {
+        "arguments",
+        "context",
+        "library",
+        "limits",
+        "planner",
+        "precision",
+        "reference",
+    },
     "__init__": {"context", "functional"},
 }
 # Beside the standard library and torch: who may import what.
