@@ -64,7 +64,7 @@ def random_cameras(random: Random, view: Tensor) -> tuple[Camera, Camera]:
     exposure = min(random.uniform(0.5, 0.95) / max(bright, 0.01), 3.0)
     tint = random.normal(1, 0.04, 3)
     gamma = math.exp(random.normal(0, 0.15))
-    softness = random.uniform(0, 0.22)
+    softness = random.uniform(0, 0.18)
     noise = max(0.0, random.uniform(-2, 4)) / 255
 
     def camera() -> Camera:

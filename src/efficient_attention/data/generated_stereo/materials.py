@@ -110,7 +110,7 @@ class MaterialSource:
         common = random.random() < 0.6
         base = self._palette[random.integers(5)] if common else _natural_colour(random)
         accent = _natural_colour(random)
-        lightness = contrast * random.uniform(0.08, 0.45) * (0.25 + 0.75 * base)
+        lightness = contrast * random.uniform(0.1, 0.55) * (0.25 + 0.75 * base)
         tint = contrast * random.uniform(0, 0.45) * (accent - base)
         colours = np.stack([lightness, tint], axis=1).astype(np.float32)  # [3, 2]
         return Material(
@@ -125,7 +125,7 @@ class MaterialSource:
         random = self._random
         # Most things are upright.
         angle = random.uniform(0, 2 * math.pi) if random.random() < 0.4 else random.normal(0, 0.06)
-        scale = math.exp(random.uniform(math.log(0.45), math.log(1.5)))  # texels for a pixel
+        scale = math.exp(random.uniform(math.log(0.55), math.log(1.7)))  # texels for a pixel
         stretch = math.exp(random.normal(0, 0.15))
         c, s = math.cos(angle) * scale, math.sin(angle) * scale
         dx, dy = random.uniform(0, 2 * TILE_SIZE, 2).tolist()

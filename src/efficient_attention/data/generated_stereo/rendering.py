@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .layers import Layer, Scene
 from .materials import fetch
+from .surfaces import Quadric
 
 __all__ = ["Rendering", "render"]
 
@@ -89,7 +90,7 @@ def _look(scene: Scene, size: tuple[int, int], *, right: bool, drop: float = 0.0
             nearer &= candidate.covers(seen, y)
         np.copyto(disparity[box], found, where=nearer)
         np.copyto(x[box], seen, where=nearer)
-        layer[box][nearer] = number
+        np.copyto(layer[box], number, where=nearer)
     return _View(layer, disparity, x, np.broadcast_to(rows, size))
 
 
@@ -139,7 +140,11 @@ def _paint(
 
 def _shade(scene: Scene, part: Layer, at: tuple[Tensor, Tensor], disparity: Array) -> Tensor:
     x, y = (points.numpy() for points in at)
-    return torch.from_numpy(scene.light.shade(part.surface.gradient(x, y), disparity, x, y))
+    surface = part.surface
+    if isinstance(surface, Quadric) and surface.is_plane:
+        # Lit alike all over.
+        disparity = np.array(surface.level, dtype=np.float32)
+    return torch.from_numpy(scene.light.shade(surface.gradient(x, y), disparity, x, y))
 
 
 def _highlight(part: Layer, at: tuple[Tensor, Tensor], right: Array, wander: float) -> Tensor:

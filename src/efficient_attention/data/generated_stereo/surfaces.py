@@ -63,11 +63,15 @@ class Quadric(NamedTuple):
     slope: tuple[float, float] = (0.0, 0.0)
     curve: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
+    @property
+    def is_plane(self) -> bool:
+        return not any(self.curve)
+
     def disparity(self, x: Array, y: Array) -> Array:
         (p, q), (b, c), (e, f, g) = self.centre, self.slope, self.curve
         u, v = x - p, y - q
         flat = self.level + b * u + c * v
-        if not any(self.curve):
+        if self.is_plane:
             return flat
         return flat + (e * u + f * v) * u + g * v * v
 
@@ -79,14 +83,14 @@ class Quadric(NamedTuple):
         (p, q), (b, c), (e, f, g) = self.centre, self.slope, self.curve
         v = y - q
         constant = column - p + (self.level + (c + g * v) * v)
-        if not any(self.curve):
+        if self.is_plane:
             return p + constant * (1 / (1 - b))
         steep = 1 - b - f * v
         return p + 2 * constant / (steep + np.sqrt(steep * steep - 4 * e * constant))
 
     def gradient(self, x: Array, y: Array) -> tuple[Array | float, Array | float]:
         (p, q), (b, c), (e, f, g) = self.centre, self.slope, self.curve
-        if not any(self.curve):
+        if self.is_plane:
             return b, c
         u, v = x - p, y - q
         return b + 2 * e * u + f * v, c + f * u + 2 * g * v
