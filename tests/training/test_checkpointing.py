@@ -151,7 +151,6 @@ def test_a_measure_that_validation_lacks_is_an_error(tmp_path):
 def test_the_last_is_written_every_n_steps_inside_an_epoch(tmp_path):
     run = Run()
     callback = made(tmp_path, run, every_n_steps=2)
-    callback.on_train_start(run, None)
     for step in range(1, 6):
         run.global_step = step
         run.fit_loop.epoch_loop.batch_progress.is_last_batch = step == 4

@@ -16,12 +16,15 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("faster_coco_eval")
 
 import torch
+import torch.distributed as dist
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from torch import nn
 
 import efficient_attention
 from efficient_attention.cli import main
 from efficient_attention.errors import InputError
 from efficient_attention.training.data import Data
+from efficient_attention.training.merging import broadcast_buffers, merged_scores
 
 SOURCE = Path(efficient_attention.__file__).parent.parent
 
@@ -97,17 +100,22 @@ def launched(*arguments):
 
 def forked(*arguments):
     """In copies of this process that believe it, as nothing has to be imported again."""
+    in_two(lambda rank: main(arguments))
+
+
+def in_two(function):
+    """Call a function with its rank in two copies of this process."""
     port = free_port()
     children = []
     for rank in range(2):
         pid = os.fork()
         if pid == 0:
-            os._exit(_child(str(rank), port, arguments))
+            os._exit(_child(function, str(rank), port))
         children.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
 
 
-def _child(rank, port, arguments):
+def _child(function, rank, port):
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(GROUP_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port)
     os.environ.update(TORCHELASTIC_RUN_ID="test")
@@ -115,7 +123,7 @@ def _child(rank, port, arguments):
     torch.set_num_threads(1)
     signal.alarm(200)
     try:
-        return main(arguments)
+        return function(int(rank)) or 0
     except BaseException:
         traceback.print_exc()
         return 1
@@ -177,6 +185,39 @@ def test_two_processes_train_like_one_that_accumulates(tmp_path, monkeypatch):
     plain, _ = fit("plain", alone, *single, batch=1)
     sharded, _ = fit("sharded", forked, *TWO, *SHARDED, *single, batch=2)
     assert error(sharded, reference) <= 2 * error(plain, reference)
+
+
+class Seen:
+    """Numbers that were seen; there is no score of none."""
+
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
+    def merge(self, other):
+        return Seen(*self.numbers, *other.numbers)
+
+    def compute(self):
+        if not self.numbers:
+            raise ValueError("scores need a number; got none")
+        return self
+
+    def _asdict(self):
+        return {"largest": max(self.numbers)}
+
+
+def test_scores_and_statistics_are_the_same_on_all_processes():
+    def work(rank):
+        dist.init_process_group("gloo")
+        assert merged_scores(Seen(rank)) == {"largest": 1}
+        with pytest.raises(ValueError, match="scores need a number; got none"):
+            merged_scores(Seen())
+        norm = nn.BatchNorm1d(2)
+        norm.running_mean.fill_(rank + 1)
+        broadcast_buffers(norm)
+        assert norm.running_mean.tolist() == [1, 1]
+
+    in_two(work)
+    assert merged_scores(Seen(3)) == {"largest": 3}
 
 
 def test_fewer_samples_than_processes_are_refused(monkeypatch):

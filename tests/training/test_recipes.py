@@ -1,5 +1,7 @@
 """Every recipe can be read, and says what the paper says."""
 
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ pytest.importorskip("pytorch_lightning")
 pytest.importorskip("jsonargparse")
 
 import torch
+import yaml
 
 from efficient_attention import create_model
 from efficient_attention.training.checkpointing import Checkpoints
@@ -16,6 +19,10 @@ from efficient_attention.training.command import Command
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+PIECES = []
+if RECIPES:
+    DOCUMENT = (ROOT / "docs" / "training.md").read_text()
+    PIECES = re.findall(r"```yaml\n(# over (\S+)\n.*?)```", DOCUMENT, re.DOTALL)
 pytestmark = pytest.mark.skipif(not RECIPES, reason="not a checkout")
 
 
@@ -134,3 +141,30 @@ def test_small_recipes_train(task, tmp_path, monkeypatch):
     sizes = ["--data.batch_size", "1", "--data.eval_batch_size", "1", "--trainer.max_epochs", "1"]
     assert main(["fit", "--config", "recipe.yaml", "--output", "run", *few, *sizes]) == 0
     assert (tmp_path / "run" / "network" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("piece", "recipe"), PIECES, ids=range(len(PIECES)))
+def test_what_the_documentation_lays_over_a_recipe_fits(piece, recipe, tmp_path):
+    (tmp_path / "piece.yaml").write_text(piece)
+    found = options(ROOT / recipe, "--config", str(tmp_path / "piece.yaml"))
+    # An alias of the recipe is a copy: what is changed in one place stays in the other.
+    assert found.data.init_args.train != found.data.init_args.val
+    for section, value in yaml.safe_load(piece).get("model", {}).get("init_args", {}).items():
+        if section == "network":
+            assert {key: found.model.init_args.network[key] for key in value} == value
+
+
+def test_the_documentations_options_are_options():
+    """Of the list of what can be said otherwise on the command line."""
+    block = DOCUMENT.split("lies over the first.\n\n")[1].split("\n\n")[0]
+    recipe = ROOT / "recipes" / "small" / "mask_rcnn.yaml"
+    for line in block.splitlines():
+        arguments = shlex.split(re.split(r"\s{2,}", line.strip())[0])
+        assert options(recipe, *arguments).trainer.accelerator == "cpu"
+
+
+def test_the_documentations_program_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    exec(program, {})
+    assert (tmp_path / "runs" / "angles" / "network" / "config.json").exists()

@@ -1,14 +1,16 @@
 """A run that was stopped anywhere goes on as if it had not been, to the last bit."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 
 pytest.importorskip("pytorch_lightning")
 
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, Trainer
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -110,7 +112,30 @@ def _nets_are_built_by_name(monkeypatch):
     monkeypatch.setattr(checkpointing, "create_model", lambda name: Net())
 
 
-def start(folder, *, ema=None, lr=0.05, optimizer=SGD, epochs=EPOCHS, seed=0, batch=2, **options):
+class Send(Callback):
+    """Sends a signal to this process in the middle of a step."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def start(
+    folder,
+    *,
+    ema=None,
+    lr=0.05,
+    optimizer=SGD,
+    epochs=EPOCHS,
+    seed=0,
+    batch=2,
+    every=1,
+    callbacks=(),
+    **options,
+):
     # Whatever a process has drawn before must not matter.
     torch.seed()
     workers = options.pop("workers", 0)
@@ -124,7 +149,7 @@ def start(folder, *, ema=None, lr=0.05, optimizer=SGD, epochs=EPOCHS, seed=0, ba
         accelerator="cpu",
         max_epochs=epochs,
         logger=History(folder),
-        callbacks=[Checkpoints(folder / "checkpoints", every_n_steps=1)],
+        callbacks=[Checkpoints(folder / "checkpoints", every_n_steps=every), *callbacks],
         plugins=[Keep(folder)],
         log_every_n_steps=1,
         enable_progress_bar=False,
@@ -152,6 +177,7 @@ def history(folder):
         {"accumulate_grad_batches": 3},
         {"val_check_interval": 2},
         {"max_steps": 7, "epochs": -1},
+        {"max_steps": 7, "epochs": -1, "check_val_every_n_epoch": 2},
         {"check_val_every_n_epoch": 2},
         {"workers": 1},
     ],
@@ -174,3 +200,16 @@ def test_runs_go_on_from_every_checkpoint_to_the_bit(options, tmp_path):
         before, after = history(folder), history(tmp_path / folder.name)
         assert {**before, **after, (done - 1, False): lines[done - 1, False]} == lines, folder.name
         assert min(after)[0] >= done - 1, folder.name
+
+
+@pytest.mark.parametrize(("step", "kept"), [(2, 3), (3, 2)], ids=["training", "validation"])
+def test_a_run_that_is_asked_to_end_goes_on_from_there(step, kept, tmp_path):
+    """The fourth step is followed by validation, which is then not done: the run goes on from before."""
+    whole = start(tmp_path / "whole").state_dict()
+    with pytest.raises(SystemExit):
+        start(tmp_path / "run", every=2, callbacks=[Send(signal.SIGTERM, step)])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert torch.load(last)["global_step"] == kept
+    resumed = start(tmp_path / "run", ckpt_path=last).state_dict()
+    assert [k for k in whole if not torch.equal(resumed[k], whole[k])] == []
+    assert history(tmp_path / "run") == history(tmp_path / "whole")

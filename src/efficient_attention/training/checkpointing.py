@@ -12,6 +12,7 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from ..models import create_model, load_checkpoint
 
@@ -91,10 +92,10 @@ class AtomicCheckpointIO(CheckpointIO):
 class Checkpoints(Checkpoint):
     """Keeps two checkpoints of a run, both of which training goes on from: ``last.ckpt`` and ``best.ckpt``.
 
-    The last one is written at the end of every epoch (under ``max_steps``, of every validation and of the run), and
-    inside it every so many steps; the best one when validation
-    has found a better value than ever before. When training ends, the network with the best weights (the last, without
-    validation) is written to the folder ``network``, as ``save_pretrained`` does.
+    The last one is written at the end of every epoch (under ``max_steps``, of every validation and of the run), inside
+    it every so many steps, and when the run is sent SIGTERM; the best one when validation has found a better value than
+    ever before. When training ends, the network with the best weights (the last, without validation) is written to the
+    folder ``network`` beside theirs, as ``save_pretrained`` does.
 
     Args:
         folder: where they are.
@@ -140,10 +141,6 @@ class Checkpoints(Checkpoint):
         if state_dict["monitor"] == self.monitor:
             self.best = state_dict["best"]
 
-    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Note that what the run has begun from need not be written again."""
-        self._saved_step = trainer.global_step
-
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         """Write the last checkpoint, if its time has come."""
         # Behind the last batch of an epoch comes its validation, which belongs to it.
@@ -173,6 +170,14 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self.folder / BEST, weights_only=False)
         if trainer.max_steps >= 0 or self._postponed:
             self._postponed = False
+            self._save_last(trainer)
+
+    def on_exception(
+        self, trainer: Any, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Write the last checkpoint of a run that is asked to end, as machines do before they take themselves away."""
+        # It is raised between two batches. In validation, which is begun again, what was written before must do.
+        if isinstance(exception, SIGTERMException) and trainer.training:
             self._save_last(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: LightningModule) -> None:

@@ -16,7 +16,7 @@ from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from ..errors import InputError
@@ -36,6 +36,8 @@ __all__ = ["Command", "run"]
 TASKS = (Classification, Detection, Stereo)
 DATA = (ClassificationData, DetectionData, StereoData)
 
+# 128 + the signal, as shells have it.
+TERMINATED = 143
 _CHECKPOINTS = "checkpoints"
 _KEYWORDS = {"best": BEST, "last": LAST}
 # Options of the classes that a recipe names.
@@ -63,14 +65,23 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
     Raises:
         InputError: arguments, files or checkpoints that cannot be used.
-        SystemExit: with code 0, after help or the printed configuration.
+        SystemExit: with code 0, after help or the printed configuration; with 143, after SIGTERM.
+        KeyboardInterrupt: after Ctrl-C.
     """
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_no_advertisement)
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    with _told_in_one_line(MisconfigurationException):
-        Command(command, arguments)
+    try:
+        with _told_in_one_line(MisconfigurationException):
+            Command(command, arguments)
+    # Lightning ends as if all were done, or with a code of its own.
+    except SIGTERMException:
+        raise SystemExit(TERMINATED) from None
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, KeyboardInterrupt):
+            raise exit_.__context__ from None
+        raise
 
 
 class Command(LightningCLI):

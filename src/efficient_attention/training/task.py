@@ -105,8 +105,8 @@ class Task(LightningModule, ABC):
         parts = {f"train/loss_{name}": loss.detach() for name, loss in losses.items()}
         logged = {"train/loss": total.detach(), **(parts if len(losses) > 1 else {})}
         self.log_dict(logged, batch_size=1, sync_dist=True)
-        (rate, *_) = (group["lr"] for group in self.optimizers().optimizer.param_groups)  # type: ignore[union-attr]
-        self.log("train/lr", rate, batch_size=1)
+        (optimizer,) = self.trainer.optimizers
+        self.log("train/lr", optimizer.param_groups[0]["lr"], batch_size=1)
         return total
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
