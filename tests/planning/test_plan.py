@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 import time
 
 import pytest
@@ -143,6 +144,96 @@ def test_a_detector_is_planned_up_to_where_values_decide():
     assert planned.stopped_at == "rpn"
     assert "what follows is not counted" in str(planned)
     assert [p.name for p in planned.places if "fpn" in p.name] != []
+
+
+class Picky(nn.Module):
+    """Runs in some modes and not in others, and may return something else in training."""
+
+    def __init__(self, train=None, evaluate=lambda x: x):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        self.train_with, self.evaluate_with = train, evaluate
+
+    def forward(self, x):
+        if self.training and self.train_with is None:
+            raise AssertionError("targets should not be none\nin training mode")
+        return (self.train_with if self.training else self.evaluate_with)(self.layer(x))
+
+
+def test_training_is_planned_in_evaluation_mode_where_training_mode_does_not_run():
+    x = torch.randn(1, 3, 64, 64)
+    picky, plain = (plan(model, x) for model in (Picky(), Picky(lambda x: x)))
+    assert picky.places == plain.places
+    assert picky.notes[-1] == (
+        "training is planned in evaluation mode, with gradients: in training mode the model raises "
+        "AssertionError: targets should not be none"
+    )
+    assert len(plain.notes) == 1
+
+
+def test_training_that_ends_before_a_place_is_planned_in_evaluation_mode():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+
+        def forward(self, x):
+            return self.layer(x[:, :, : int(x.sum())] if self.training else x)
+
+    planned = plan(Late(), torch.randn(1, 3, 64, 64), places="layer")
+    assert planned.places[0].costs["efficient"].training > 0
+    why = "stops at the model, where aten._local_scalar_dense.default needs values, and has not called ['layer']"
+    assert why in planned.notes[-1]
+
+
+def test_training_that_cannot_be_planned_is_told_and_fits_nothing():
+    def detached(x):
+        return x.detach()
+
+    model = Picky(detached, detached)
+    planned = plan(model, torch.randn(1, 3, 64, 64), places="layer", budget="1 TB")
+    for cost in (planned.plain, *planned.places[0].costs.values()):
+        assert cost.training is None
+        assert planned.fits(cost) == "inference"
+    assert planned.notes[-1].startswith("training is not planned: the model raises ValueError")
+    assert "?" in str(planned)
+
+
+def test_fused_attention_has_no_scaling_which_is_told():
+    planned = plan(Picky(), torch.randn(1, 3, 16, 16), normalization="scaling")
+    assert set(planned.places[0].costs) == {"efficient", "explicit"}
+    assert "there is no fused attention under scaling" in planned.notes
+
+
+def test_what_cpu_operators_hold_is_left_out_for_a_gpu():
+    model, x = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)), torch.randn(2, 16, 64, 64)
+    standing = x.nbytes + sum(p.nbytes for p in model.parameters())
+    gpu = plan(model, x, places="0", device="cuda").plain.inference
+    cpu = plan(model, x, places="0").plain.inference
+    assert gpu == standing + x.nbytes  # the output
+    assert cpu >= standing + 2 * x.nbytes  # and a copy
+
+
+def test_the_largest_places_are_shown_and_the_rest_is_told(monkeypatch):
+    monkeypatch.setattr(sys.modules[plan.__module__], "_MOST_PLACES", 2)
+    layers = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.MaxPool2d(2)) for _ in range(3)]
+    planned = plan(nn.Sequential(*layers), torch.empty(1, 3, 32, 32))
+    assert [place.name for place in planned.places] == ["0", "1"]
+    assert "1 smaller places are left out; name them" in planned.notes
+
+
+def test_a_compiled_model_is_planned_as_it_is_written():
+    model, x = Picky(lambda x: x), torch.randn(1, 3, 32, 32)
+    compiled = plan(torch.compile(model), x, places="_orig_mod.layer")
+    assert compiled.places[0].costs == plan(model, x, places="layer").places[0].costs
+
+
+def test_autocast_around_a_plan_is_that_of_the_model():
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(1, 1000, 64)
+    full = plan(model, x, places="0").places[0].costs["fused"].inference
+    with torch.autocast("cpu", torch.bfloat16):
+        half = plan(model, x, places="0").places[0].costs["fused"].inference
+    assert half < full
 
 
 def test_the_table_of_a_plan_fits_a_terminal_and_says_what_fits():

@@ -72,10 +72,11 @@ def plan(
     """
     available = None if budget is None else parse_bytes("budget", budget)
     _check(model, optimizer_states, device, options)
-    twin = Twin(model, input)
+    twin = _twin(model, input)
     survey = _survey(model, twin)
     chosen = survey.default() if places is None else survey.chosen(places)
-    notes = []
+    standing = f"gradients and {optimizer_states} numbers of the optimizer for each parameter"
+    notes = [f"peaks are of the whole model, in training with {standing}"]
     if survey.stop:
         where, why = survey.stop
         notes.append(f"stopped at {where}, where {why}: what follows is not counted")
@@ -83,6 +84,8 @@ def plan(
         notes.append(f"{len(chosen) - _MOST_PLACES} smaller places are left out; name them")
         largest = sorted(chosen, key=lambda place: -place.positions)[:_MOST_PLACES]
         chosen = [place for place in chosen if place in largest]
+    if options.get("normalization") == "scaling":
+        notes.append("there is no fused attention under scaling")
 
     names = [place.name for place in chosen]
     on_cpu = device != "cuda"
@@ -94,6 +97,15 @@ def plan(
         stopped_at=survey.stop.module if survey.stop else None,
         notes=(*notes, *runs.notes),
     )
+
+
+def _twin(model: nn.Module, example: Any) -> Twin:
+    try:
+        return Twin(model, example)
+    except Exception as error:
+        # Whatever a stranger's modules hold that cannot be copied.
+        message = "model must be one that copy.deepcopy takes"
+        raise ValueError(f"{message}; it raises {in_one_line(error)}") from error
 
 
 def _survey(model: nn.Module, twin: Twin) -> Survey:

@@ -10,7 +10,7 @@ from torch import nn
 from ..surgery.inference import placement
 from ..surgery.places import build_at
 from .candidates import Place
-from .costing import Run, levels_with, peak, run_alone, run_with_stand_ins
+from .costing import Arrival, Own, Run, levels_with, peak, run_alone, run_with_stand_ins
 from .kinds import KINDS, build
 from .result import Cost, PlannedPlace
 from .simulation import Timeline, Twin, in_one_line, nbytes
@@ -37,6 +37,8 @@ class Runs:
         self._temporaries = temporaries
         self._states = optimizer_states
         self.notes: list[str] = []
+        # By what a module prints and what it gets: the same at all places of one size.
+        self._own: dict[tuple[str, Arrival], Own] = {}
         self._mode, self._shared = True, None
         found = self._run_training(True)
         if isinstance(found, str):
@@ -128,10 +130,14 @@ class Runs:
     ) -> tuple[int, int]:
         """Bytes of the model with attention at a place, and multiply-adds of the attention."""
         visits = [visit for visit in run.visits if visit.name == place.name]
-        own = {
-            arrival: run_alone(self._twin, attention, arrival, temporaries=self._temporaries)
-            for arrival in {visit.arrival for visit in visits}
-        }
+        own = {}
+        for arrival in {visit.arrival for visit in visits}:
+            key = str(attention), arrival
+            if key not in self._own:
+                self._own[key] = run_alone(
+                    self._twin, attention, arrival, temporaries=self._temporaries
+                )
+            own[arrival] = self._own[key]
         size = nbytes(attention.parameters())
         keeps_input = any(alone.keeps_input for alone in own.values())
         levels = levels_with(run, place.name, keeps_input=keeps_input)

@@ -134,6 +134,9 @@ class Twin:
         """Run the model, and with ``gradients`` the backward pass of the sum of what it returns.
 
         Where the model ends early, the backward pass starts from what it held there.
+
+        Raises:
+            ValueError: parameters need gradients, and nothing that is returned leads to them.
         """
         stop = None
         with _unlogged(), self.mode, timeline, torch.set_grad_enabled(gradients):
@@ -143,9 +146,17 @@ class Twin:
                 stop = Stop(self.innermost(error.__traceback__), _reason(error))
                 outputs = _held(error.__traceback__)
             if gradients:
-                _pull_back(outputs)
+                self._pull_back(outputs, stop)
                 self.model.zero_grad(set_to_none=True)
         return stop
+
+    def _pull_back(self, outputs: Any, stop: Stop | None) -> None:
+        roots = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+        if roots:
+            torch.autograd.backward([x.sum() for x in roots])
+        elif stop is None and any(parameter.requires_grad for parameter in self.model.parameters()):
+            got = type(outputs).__name__
+            raise ValueError(f"outputs must hold tensors that need a gradient; got {got} without")
 
     def innermost(self, traceback: TracebackType | None) -> str:
         """The name of the last module that was interrupted."""
@@ -194,12 +205,6 @@ class _FakeCopies(TorchFunctionMode):
             return self._twin.fake(args[0])
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
-
-
-def _pull_back(outputs: Any) -> None:
-    roots = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
-    if roots:
-        torch.stack([x.sum() for x in roots]).sum().backward()
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[dict[str, Any]]:
