@@ -75,8 +75,8 @@ def plan(
     twin = _twin(model, input)
     survey = _survey(model, twin)
     chosen = survey.default() if places is None else survey.chosen(places)
-    standing = f"gradients and {optimizer_states} numbers of the optimizer for each parameter"
-    notes = [f"peaks are of the whole model, in training with {standing}"]
+    kept = f"{optimizer_states} optimizer states per parameter"
+    notes = [f"peaks are of the whole model, in training with gradients and {kept}"]
     if survey.stop:
         where, why = survey.stop
         notes.append(f"stopped at {where}, where {why}: what follows is not counted")
