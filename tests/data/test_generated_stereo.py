@@ -197,14 +197,39 @@ def test_a_box_hides_as_many_pixels_as_it_is_nearer():
     assert (~view.visible[3]).nonzero().flatten().tolist() == hidden
 
 
-@pytest.mark.parametrize("corner", [20.0, 20.2, 20.4, 20.6, 20.8])
-def test_walls_that_meet_hide_nothing(corner):
+@pytest.mark.parametrize("level", np.arange(12, 13, 0.15).tolist())
+def test_walls_that_meet_hide_nothing(level):
     """A room's corner: the nearest of two planes, which are equally near at one column."""
-    walls = [Layer(Quadric((corner, 0), 6.0, (slope, 0)), material()) for slope in (0.5, -0.5)]
-    view = render(Scene(walls, DAYLIGHT, 16), (8, 40))
+    walls = [Layer(Quadric((20.02, 0), level, (slope, 0)), material()) for slope in (0.8, -0.8)]
+    view = render(Scene(walls, DAYLIGHT, 32), (8, 40))
     columns = torch.arange(40)
-    torch.testing.assert_close(view.disparity[0], 6 + 0.5 * (columns - corner).abs())
+    torch.testing.assert_close(view.disparity[0], level + 0.8 * (columns - 20.02).abs())
     assert torch.equal(view.visible[0], columns - view.disparity[0] >= -0.5)
+
+
+@pytest.mark.parametrize("level", np.arange(12, 13, 0.15).tolist())
+def test_faces_that_meet_hide_nothing(level):
+    """A box's edge at column 20.2, a face on either side."""
+    wall = Layer(Quadric((0, 0), 1.0), material())
+    faces = [
+        Layer(Quadric((x, 4), level - 1.5, slope), material(), shapes.bar(), Placement(x, 4, 5, 9))
+        for x, slope in ((15.2, (0.3, 0)), (25.2, (-0.3, 0)))
+    ]
+    view = render(Scene([wall, *faces], DAYLIGHT, 14), (8, 40))
+    columns = torch.arange(11, 30)
+    expected = level - 0.3 * (columns - 20.2).abs()
+    torch.testing.assert_close(view.disparity[0, 11:30], expected, rtol=0, atol=1e-4)
+    assert torch.equal(view.visible[0, 11:30], columns - expected >= -0.5)
+
+
+def test_a_steep_face_hides_nothing_of_itself():
+    wall = Layer(Quadric((0, 0), 1.0), material())
+    place = Placement(30.3, 4, 8, 9)
+    face = Layer(Quadric((30.3, 4), 12.2, (0.8, 0)), material(), shapes.bar(), place)
+    view = render(Scene([wall, face], DAYLIGHT, 20), (8, 60))
+    columns = torch.arange(23, 39)
+    torch.testing.assert_close(view.disparity[0, 23:39], 12.2 + 0.8 * (columns - 30.3))
+    assert view.visible[:, 23:39].all()
 
 
 def test_textures_are_stretched_alike_in_both_views():

@@ -85,7 +85,7 @@ class Scene(NamedTuple):
     """What two cameras look at.
 
     Attributes:
-        layers: the backdrop first; it has no shape, and hides nothing that is in front of it.
+        layers: first the backdrop, which has no shapes: the inside of something convex, of which no part hides another.
         light: on all of them.
         highest: all disparities are below, in pixels.
         shadow: how much darker the backdrop is behind things, and how far aside for a pixel of disparity.

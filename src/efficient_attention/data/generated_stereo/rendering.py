@@ -62,7 +62,8 @@ def render(
     """
     left, right = _look(scene, size, right=False), _look(scene, size, right=True, drop=drop)
     pixels = _paint(scene, left, right, size, wander)
-    visible = _visible(left, right, drop)
+    backdrop = sum(part.placement is None for part in scene.layers)
+    visible = _visible(left, right, backdrop, drop)
     return Rendering(*pixels, torch.from_numpy(left.disparity), torch.from_numpy(visible))
 
 
@@ -94,16 +95,17 @@ def _look(scene: Scene, size: tuple[int, int], *, right: bool, drop: float = 0.0
     return _View(layer, disparity, x, np.broadcast_to(rows, size))
 
 
-def _visible(left: _View, right: _View, drop: float) -> Array:
-    """Not outside of the right view, and not behind another surface there."""
+def _visible(left: _View, right: _View, backdrop: int, drop: float) -> Array:
+    """Not outside of the right view, and not behind another surface there; the first ones are the backdrop."""
     height, width = left.layer.shape
     column = np.rint(left.x - left.disparity).astype(np.intp)
     row = np.rint(left.y - np.float32(drop)).astype(np.intp)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     nearest = row.clip(0, height - 1) * width + column.clip(0, width - 1)
-    # Walls that meet at an edge differ by less than this at the pixel that is taken for the point.
+    seen = right.layer.take(nearest)
+    # Faces that meet at an edge differ by less than this at the pixel that is taken for the point.
     before = right.disparity.take(nearest) > left.disparity + 0.5
-    return inside & (~before | (right.layer.take(nearest) == left.layer))
+    return inside & ~(before & (seen != left.layer) & (seen >= backdrop))
 
 
 def _paint(
