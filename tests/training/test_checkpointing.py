@@ -118,8 +118,8 @@ def made(tmp_path, run, **options):
 def test_the_best_is_written_when_it_is_found(tmp_path):
     run = Run()
     callback = made(tmp_path, run)
-    validated(callback, run, 1.0, 0.5, float("nan"), 1.0, 2.0)
-    assert run.saved == [(0, "best.ckpt"), (4, "best.ckpt")]
+    validated(callback, run, float("nan"), 1.0, 0.5, float("nan"), 1.0, 2.0)
+    assert run.saved == [(1, "best.ckpt"), (5, "best.ckpt")]
     assert callback.state_dict() == {"best": 2.0, "monitor": "val/x"}
 
 
