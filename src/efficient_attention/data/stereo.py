@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict
 
@@ -202,36 +202,46 @@ def match_files(
     lefts = _matches(left_pattern)
     if not lefts:
         raise FileNotFoundError(f"there is no left image {left_pattern}{expected}")
-    others = {"right image": right_pattern}
+    rights = _partners("right image", right_pattern, left_pattern, lefts, expected)
+    disparities: Mapping[tuple[str, ...], str] = {}
     if disparity_pattern is not None:
-        others["disparity"] = disparity_pattern
-    found = {}
-    for what, pattern in others.items():
-        if str(pattern).count("*") != str(left_pattern).count("*"):
-            raise ValueError(
-                f"patterns must have the same number of *; got {left_pattern} for the left image "
-                f"and {pattern} for the {what}"
-            )
-        found[what] = _matches(pattern)
-        if lacking := sorted(lefts.keys() - found[what].keys()):
-            raise FileNotFoundError(
-                f"{len(lacking)} of {len(lefts)} left images have no {what}; the first is "
-                f"{lefts[lacking[0]]}, without {_filled(pattern, lacking[0])}{expected}"
-            )
-        if surplus := sorted(found[what].keys() - lefts.keys()):
-            raise ValueError(
-                f"{len(surplus)} {what} files have no left image; the first is "
-                f"{found[what][surplus[0]]}, without {_filled(left_pattern, surplus[0])}{expected}"
-            )
+        disparities = _partners("disparity", disparity_pattern, left_pattern, lefts, expected)
     return [
         StereoFiles(
             prefix + ("/".join(parts) or Path(left).stem),
             left,
-            found["right image"][parts],
-            found["disparity"][parts] if "disparity" in found else None,
+            rights[parts],
+            disparities.get(parts),
         )
         for parts, left in sorted(lefts.items())
     ]
+
+
+def _partners(
+    what: str,
+    pattern: str | Path,
+    left_pattern: str | Path,
+    lefts: Mapping[tuple[str, ...], str],
+    expected: str,
+) -> dict[tuple[str, ...], str]:
+    """The files that match, exactly one for every left image."""
+    if str(pattern).count("*") != str(left_pattern).count("*"):
+        raise ValueError(
+            f"patterns must have the same number of *; got {left_pattern} for the left image "
+            f"and {pattern} for the {what}"
+        )
+    found = _matches(pattern)
+    if lacking := sorted(lefts.keys() - found.keys()):
+        raise FileNotFoundError(
+            f"{len(lacking)} of {len(lefts)} left images have no {what}; the first is "
+            f"{lefts[lacking[0]]}, without {_filled(pattern, lacking[0])}{expected}"
+        )
+    if surplus := sorted(found.keys() - lefts.keys()):
+        raise ValueError(
+            f"{len(surplus)} {what} files have no left image; the first is "
+            f"{found[surplus[0]]}, without {_filled(left_pattern, surplus[0])}{expected}"
+        )
+    return found
 
 
 def _matches(pattern: str | Path) -> dict[tuple[str, ...], str]:
