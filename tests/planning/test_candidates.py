@@ -69,6 +69,23 @@ def test_a_wrapper_changes_nothing():
     assert names(nn.Sequential(Wrapper()), image()) == [f"0.{name}" for name in inner]
 
 
+class Squeeze(nn.Module):
+    """A block that computes at half the size, as those of many networks compute at other channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 8, 1))
+        self.up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 1))
+
+    def forward(self, x):
+        return x + self.up(self.down(x))
+
+
+def test_blocks_of_a_stage_are_not_looked_into():
+    model = nn.Sequential(block(3, 8, 2), nn.Sequential(Squeeze(), Squeeze()), block(8, 8, 2))
+    assert names(model, image()) == ["1", "2"]
+
+
 def test_single_positions_single_channels_and_shared_modules_are_not_shown():
     relu = nn.ReLU()
     model = nn.Sequential(

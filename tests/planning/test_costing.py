@@ -90,6 +90,45 @@ class Tokens(nn.Module):
         return x.mean(1)
 
 
+class LatePeak(nn.Module):
+    """The most memory is taken behind the place, in the backward pass of what was not kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.place = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Conv2d(8, 64, 1))
+
+    def forward(self, x):
+        def many(x):
+            for _ in range(8):
+                x = x.sin()
+            return x
+
+        return self.place(checkpoint(many, self.first(x), use_reentrant=False))
+
+
+class Reordered(nn.Module):
+    """Tokens whose memory has another order: attention keeps a copy, and the network the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = PositionsFirst()
+        self.last = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.last(self.tokens(x))
+
+
+class PositionsFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 32)
+
+    def forward(self, x):
+        x = self.linear(x.flatten(2).permute(2, 0, 1))  # [N, B, 32]
+        return x.relu().transpose(0, 1)
+
+
 CASES = {
     "sums": (Sums, ["first", "relu", "second", "changed"]),
     "checkpoint": (lambda: Checkpointed(False), ["first", "inside.1", "inside"]),
@@ -97,6 +136,8 @@ CASES = {
     "frozen": (lambda: frozen(trained=True), ["0", "1", "3"]),
     "all frozen": (lambda: frozen(trained=False), ["0", "3"]),
     "twice": (Twice, ["shared"]),
+    "late peak": (LatePeak, ["place"]),
+    "reordered": (Reordered, ["tokens"]),
     "tokens": (Tokens, ["embedding", "layers.0"]),
 }
 
