@@ -16,7 +16,7 @@ MODULES = [
         "data.coco_checks",
         "data.draws",
         "data.fashion_mnist",
-        "data.generated_angles",
+        "data.generated_cues",
         "data.generated_shapes",
         "data.image_folders",
         "data.outlines",

@@ -125,10 +125,10 @@ def test_a_command_without_a_recipe_says_what_is_missing(capsys):
 
 
 def test_a_class_that_the_network_has_no_number_for_is_an_error(tmp_path, capsys):
-    angles = "efficient_attention.data.generated_angles.GeneratedAngles"
-    train = {"class_path": angles, "init_args": {"length": 4, "size": [48, 48]}}
+    cues = "efficient_attention.data.generated_cues.GeneratedCues"
+    train = {"class_path": cues, "init_args": {"length": 4, "size": [48, 48]}}
     model = {**RECIPE["model"]["init_args"], "network": {"name": "resnet_small"}}
-    model["network"]["options"] = {"num_classes": 4}
+    model["network"]["options"] = {"num_classes": 5}
     recipe = {
         **RECIPE,
         "model": {"class_path": "Classification", "init_args": model},
@@ -136,7 +136,7 @@ def test_a_class_that_the_network_has_no_number_for_is_an_error(tmp_path, capsys
     }
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(recipe))
     assert call("fit", recipe="other.yaml") == 2
-    assert "num_classes must be at least 5 for data.train; got 4" in capsys.readouterr().err
+    assert "num_classes must be at least 6 for data.train; got 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", [["{}", "null"], ["{}=null"]], ids=["apart", "together"])

@@ -167,4 +167,4 @@ def test_the_documentations_program_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
     exec(program, {})
-    assert (tmp_path / "runs" / "angles" / "network" / "config.json").exists()
+    assert (tmp_path / "runs" / "cues" / "network" / "config.json").exists()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["OUTLINES", "Outline", "Patch", "arrow", "figure"]
+__all__ = ["OUTLINES", "Outline", "Patch", "figure", "frame"]
 
 Outline = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,11 +55,10 @@ def _cross(u: Tensor, v: Tensor) -> Tensor:
     return (narrow <= _ARM) & (wide <= math.sqrt(1 - _ARM**2))
 
 
-def arrow(u: Tensor, v: Tensor) -> Tensor:
-    """A shaft, and a head that points along ``u``."""
-    shaft = (u.abs() <= 0.8) & (v.abs() <= 0.14)
-    head = (u >= 0.2) & (u + v.abs() * (0.8 / 0.6) <= 1)
-    return shaft | head
+def frame(u: Tensor, v: Tensor) -> Tensor:
+    """A square without its middle."""
+    wide = torch.maximum(u.abs(), v.abs())
+    return (wide <= math.sqrt(0.5)) & (wide >= 0.4)
 
 
 OUTLINES: dict[str, Outline] = {
