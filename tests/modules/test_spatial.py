@@ -284,7 +284,8 @@ def test_evaluation_does_not_hold_values_or_attended_values():
 
 def test_evaluation_lets_go_of_what_is_done_with():
     module, x = ea.EfficientAttention2d(64, 32, 64, order="linear"), torch.randn(1, 64, 200, 200)
-    with torch.no_grad():
+    # oneDNN copies what it convolves on some processors and not on others: that is not ours to count.
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         # First queries, attended values and a block; then two tensors like the input, and never three.
         assert peak_bytes(lambda: module(x)) <= 2.1 * x.nbytes
 

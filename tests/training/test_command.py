@@ -202,6 +202,19 @@ def test_the_best_of_no_checkpoints_is_an_error(capsys):
     assert "ckpt_path must be a file; got run/checkpoints/best.ckpt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_network_without_weights_is_not_evaluated(command, capsys):
+    assert call(command) == 2
+    assert "ckpt_path must be best, last or a file" in capsys.readouterr().err
+
+
+def test_help_is_that_of_the_command(capsys):
+    assert call("fit", "--help") == 0
+    out = capsys.readouterr().out
+    assert "--model CONFIG" in out
+    assert "--checkpoint.every_n_steps" in out
+
+
 def test_a_truncated_checkpoint_is_named_with_its_size(run, capsys):
     path = run / "checkpoints" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:5000])

@@ -144,15 +144,18 @@ class Command(LightningCLI):
         """Find the checkpoint, and see that no other run is overwritten."""
         options = self.config[self._command]
         folder = Path(options.output)
-        given = options.ckpt_path
+        given, network = options.ckpt_path, options.model.init_args.network
         if options.data.init_args.val is None:
             # Lightning would warn of an empty loader.
             options.trainer.limit_val_batches = 0
         if given is not None:
             options.ckpt_path = self._checkpoint(str(given), folder)
+        elif self._command != "fit" and not (network.weights or network.pretrained):
+            raise InputError(
+                "ckpt_path must be best, last or a file, as the recipe's network has no weights by itself; got none"
+            )
         if options.ckpt_path is not None:
             # It has all weights: those that the run began with may not even be there any more.
-            network = options.model.init_args.network
             network.weights, network.weights_prefix, network.weights_into = None, "", ""
             network.ignore = []
         elif self._begins_a_run() and (folder / History.FILE).exists():

@@ -208,7 +208,13 @@ class Task(LightningModule, ABC):
 
     def _log_scores(self, stage: str) -> None:
         assert self._metrics is not None
-        self.scores = merged_scores(self._metrics)
+        try:
+            self.scores = merged_scores(self._metrics)
+        except ValueError:
+            # The first few samples, before training, need not have anything that counts.
+            if self.trainer.sanity_checking:
+                return
+            raise
         values = {f"{stage}/{k}": v for k, v in self.scores.items() if isinstance(v, int | float)}
         # They are the same on all processes: their largest is what they are, to the bit.
         self.log_dict(values, batch_size=1, sync_dist=True, reduce_fx="max")
