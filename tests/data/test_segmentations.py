@@ -26,7 +26,8 @@ def blobs(count, height, width):
 def test_masks_make_the_round_trip(size):
     masks = blobs(12, *size)
     outlines = encode_masks(masks)
-    assert all(segmentation_fault(outline, *size) is None for outline in outlines)
+    for outline, mask in zip(outlines, masks, strict=True):
+        assert (segmentation_fault(outline, *size) is None) == bool(mask.any())
     decoded = decode_masks(outlines, *size)
     assert torch.equal(decoded, masks)
     assert decoded.dtype == torch.uint8
@@ -54,6 +55,19 @@ def test_polygons_are_filled_as_pycocotools_does_and_their_union_taken():
     ]
     expected = coco.decode([coco.merge(coco.frPyObjects(polygons, 100, 120))])[:, :, 0]
     assert torch.equal(decode_masks([polygons], 100, 120)[0], torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[3.9, 1.9, 44, 2, 44, 22]],
+        [[-40, -40, 0.1, 0.1, -40, 0]],
+        [[9, 9, 10, 9, 10, 10], [0, 0, 1, 0, 1, 1]],
+        {"size": [2, 4], "counts": [0, 8]},
+    ],
+)
+def test_a_part_in_the_image_is_enough(segmentation):
+    assert segmentation_fault(segmentation, 2, 4) is None
 
 
 def test_no_segmentation_makes_no_mask():
@@ -88,6 +102,20 @@ def test_nearest_pixels_are_those_at_the_centres():
         ([[1, 1, 3, 3, 2, 0, 4]], "got 7 numbers"),
         ([[0, 0, math.nan, 0, 3, 3]], "finite numbers; got .*nan"),
         ([[0, 0, math.inf, 0, -math.inf, 3]], "finite numbers; got .*inf"),
+        ([[0, 0, 10**400, 0, 3, 3]], "finite numbers; got .0, 0, 10"),
+        # pycocotools takes its time, or falls, on the way there.
+        ([[0, 0, 1e12, 0, 1e12, 1e12]], "points in the image of 4 x 2 or near it; got .0, 0, 1"),
+        (
+            [[0, 0, 3, 0, 3, -41]],
+            "points in the image of 4 x 2 or near it; got .0, 0, 3, 0, 3, -41",
+        ),
+        ([[-41, 0, 3, 0, 3, 1]], "points in the image .* got .-41"),
+        ([[0, 0, 3, 0, 3, 43]], "points in the image .* 43"),
+        ([[0, 0, 45, 0, 3, 3]], "points in the image .* 45"),
+        ([[4, 0, 9, 0, 9, 2], [0, 2, 3, 2, 3, 9]], "cover something of the image of 4 x 2; got"),
+        ([[-3, 0, 0, 0, 0, 2], [0, -2, 3, -2, 3, 0]], "cover something of the image of 4 x 2"),
+        ({"size": [2, 4], "counts": [8]}, "cover something of the image; got run lengths"),
+        ({"size": [2, 4], "counts": [4, 0, 4]}, "cover something of the image; got run lengths"),
         ([["0", "0", "1", "0", "3", "3"]], "got .'0', "),
         ([1, 1, 3, 1, 3, 3], "got 1"),
         ({"size": [4, 2], "counts": [2, 4, 2]}, r"size \[2, 4\]; got \[4, 2\]"),

@@ -16,12 +16,17 @@ from torch import Tensor
 
 __all__ = ["decode_masks", "encode_masks", "segmentation_fault"]
 
+# Of polygons: so many sides of the image may a point lie away from it.
+_FARTHEST = 10
+
 
 def segmentation_fault(segmentation: object, height: int, width: int) -> str | None:
     """What is wrong with a segmentation in an image of this size; None if it is sound.
 
-    pycocotools reads what it is given without looking: it takes a polygon of two points for a box, and run lengths that
-    do not fill the image give whatever memory held.
+    pycocotools reads what it is given without looking: it takes a polygon of two points for a box, walks along every
+    side of one a pixel at a time however far that is, and run lengths that do not fill the image give whatever memory
+    held. What is nowhere in the image is no segmentation either; whether a polygon in it is so thin that it holds no
+    pixel is not looked at.
     """
     if segmentation is None:
         return "segmentation must be polygons or run lengths; it is absent"
@@ -37,7 +42,7 @@ def segmentation_fault(segmentation: object, height: int, width: int) -> str | N
             return (
                 f"segmentation must have polygons [x0, y0, x1, y1, ...] of finite numbers; {fault}"
             )
-    return None
+    return _place_fault(segmentation, height, width)
 
 
 def decode_masks(
@@ -127,12 +132,33 @@ def _polygon_fault(polygon: object) -> str | None:
     try:
         # A sum is quick, and not finite where a number is not.
         finite = math.isfinite(sum(polygon))
-    except TypeError:
+    # Of an integer beyond all floats it is not known.
+    except (TypeError, OverflowError):
         finite = False
     if not finite:
         return f"got {_brief(polygon)}"
     if len(polygon) < 6 or len(polygon) % 2:
         return f"got {len(polygon)} numbers, not three points or more"
+    return None
+
+
+def _place_fault(polygons: list[list[float]], height: int, width: int) -> str | None:
+    inside = False
+    far = _FARTHEST * max(height, width)
+    for polygon in polygons:
+        x, y = polygon[::2], polygon[1::2]
+        left, right, top, bottom = min(x), max(x), min(y), max(y)
+        if min(left, top) < -far or right > width + far or bottom > height + far:
+            return (
+                f"segmentation must have points in the image of {width} x {height} or near it; "
+                f"got {_brief(polygon)}"
+            )
+        inside |= left < width and right > 0 and top < height and bottom > 0
+    if not inside:
+        return (
+            f"segmentation must cover something of the image of {width} x {height}; "
+            f"got {_brief(polygons)}"
+        )
     return None
 
 
@@ -154,6 +180,8 @@ def _runs_fault(segmentation: Mapping[str, Any], height: int, width: int) -> str
             f"segmentation must have run lengths that sum to the image's {height * width} pixels; "
             f"got {sum(runs)}, of which the least is {min(runs, default=0)}"
         )
+    if not any(runs[1::2]):
+        return "segmentation must cover something of the image; got run lengths of background"
     return None
 
 
