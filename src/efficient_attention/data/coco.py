@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..errors import InputError
 from .coco_checks import BadEntries, Checked, Problem, check_coco, read_coco
 from .draws import Draw, as_draw, reproducibly
 from .images import read_pixels
@@ -239,9 +240,9 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
         try:
             image = read_pixels(self.images_folder / record.file_name)
         except (OSError, ValueError) as error:
-            raise ValueError(f"image {record.image_id} can no longer be read: {error}") from error
+            raise InputError(f"image {record.image_id} can no longer be read: {error}") from error
         if image.shape[1:] != (record.height, record.width):
-            raise ValueError(
+            raise InputError(
                 f"image {record.image_id} must have {record.width} x {record.height} pixels as when it "
                 f"was checked; '{record.file_name}' has {image.shape[2]} x {image.shape[1]}"
             )

@@ -10,6 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from .images import check_pixels
 from .segmentations import decode_masks, segmentation_fault
 
 __all__ = ["BadEntries", "Checked", "Problem", "check_coco", "read_coco"]
@@ -17,9 +20,6 @@ __all__ = ["BadEntries", "Checked", "Problem", "check_coco", "read_coco"]
 # Reading the head of a file is waiting for the disk.
 _READERS = 16
 _SHOWN = 10
-_MODES = {"1", "CMYK", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"}
-# By format, what stands among the last bytes of a whole file.
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
 class Problem(NamedTuple):
@@ -40,16 +40,17 @@ class Problem(NamedTuple):
 
 
 class BadEntries(ValueError):
-    """Entries that cannot be used: ``problems`` has them all, the message the first few."""
+    """Entries that cannot be used: ``problems`` has them all, the message the first few, its first line the first."""
 
     def __init__(self, annotation_file: Path, problems: Sequence[Problem], advice: str) -> None:
         self.problems = tuple(problems)
         images = sum(p.annotation is None for p in problems)
-        shown = [f"  {problem}" for problem in problems[:_SHOWN]]
-        if len(problems) > _SHOWN:
-            shown.append(f"  ... and {len(problems) - _SHOWN} more")
-        head = f"{annotation_file} has {images} bad images and {len(problems) - images} bad annotations; {advice}"
-        super().__init__("\n".join([head, *shown]))
+        counts = [_count(images, "image"), _count(len(problems) - images, "annotation")]
+        first, *others = (str(problem) for problem in problems[:_SHOWN])
+        found = " and ".join(filter(None, counts)) + (", the first" if others else "")
+        head = f"{annotation_file} has {found}: {first}; {advice}"
+        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        super().__init__("\n  ".join([head, *others, *more]))
 
     def __reduce__(self) -> Any:
         # As the arguments of __init__ are not those of ValueError, by which it would be pickled.
@@ -82,7 +83,8 @@ def read_coco(annotation_file: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(annotation_file.read_text("utf-8-sig"))
-    except ValueError as error:
+    # A file of brackets alone is nested too deeply.
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"annotation_file must be json; '{annotation_file}' is not: {error}"
         ) from error
@@ -187,36 +189,17 @@ def _image_fault(image: Mapping[str, Any], numbers: Mapping[int, int]) -> str | 
 
 
 def _file_fault(folder: Path, image: Mapping[str, Any]) -> str | None:
-    from PIL import Image
-
-    path = folder / image["file_name"]
     try:
-        if path.stat().st_size == 0:
-            return "the file is empty"
-        with Image.open(path) as file:
-            if file.size != (image["width"], image["height"]):
-                size, entry = (
-                    f"{file.width} x {file.height}",
-                    f"{image['width']} x {image['height']}",
-                )
-                return f"the file has {size} pixels, its entry says {entry}"
-            if file.mode not in _MODES:
-                return f"the file must have 8 bits a channel; it has mode {file.mode}"
-            if not _is_whole(path, file.format):
-                file.load()
+        size = check_pixels(folder / image["file_name"])
     except FileNotFoundError:
         return "no such file"
-    # Pillow tells of damage in many ways.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"the file is no sound picture: {error}"
+    # A name that no file can have is a ValueError, a folder or a file of others' an OSError.
+    except (OSError, ValueError) as error:
+        return str(error)
+    entry = image["height"], image["width"]
+    if size != entry:
+        return f"the file has {size[1]} x {size[0]} pixels, its entry says {entry[1]} x {entry[0]}"
     return None
-
-
-def _is_whole(path: Path, picture_format: str | None) -> bool:
-    end = _ENDS.get(picture_format or "", b"")
-    with path.open("rb") as file:
-        file.seek(-min(32, path.stat().st_size), 2)
-        return end in file.read()
 
 
 def _annotation_fault(
@@ -253,10 +236,21 @@ def _covers(box: Any, width: int, height: int) -> bool:
     try:
         if not math.isfinite(sum(box)):
             return False
-    except TypeError:
+    # What is no number, and an integer beyond all floats.
+    except (TypeError, OverflowError):
         return False
     x, y, w, h = box
-    return max(x, 0) < min(x + w, width) and max(y, 0) < min(y + h, height)
+    return _is_long(x, x + w, width) and _is_long(y, y + h, height)
+
+
+def _is_long(start: float, end: float, length: int) -> bool:
+    """Whether something of a span is inside; also in float32, in which targets hold its ends."""
+    start, end = max(start, 0), min(end, length)
+    return start < end and bool(np.float32(start) < np.float32(end))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} bad {what}{'s' if number > 1 else ''}" if number else ""
 
 
 def _get(entry: Any, key: str, default: Any) -> Any:

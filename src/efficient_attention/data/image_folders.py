@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..errors import InputError
 from .draws import Draw, as_draw, reproducibly
 from .images import read_pixels
 from .packing import Packed
@@ -101,7 +102,10 @@ class ImageFolders(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, key: int | Draw) -> tuple[Tensor, int]:
         draw = as_draw(key, len(self))
         path, label = self._files[draw.item]
-        pixels = read_pixels(path)
+        try:
+            pixels = read_pixels(path)
+        except OSError as error:
+            raise InputError(f"{path} must be a picture: {error}") from error
         with reproducibly(draw.seed, draw.item):
             pixels = self._view(pixels)
             if self._augment is not None:
