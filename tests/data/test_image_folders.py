@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from efficient_attention.data.draws import Draw
 from efficient_attention.data.fashion_mnist import FashionMnist
 from efficient_attention.data.image_folders import ImageFolders, imagenet, view
+from efficient_attention.errors import InputError
 
 FASHION = os.environ.get("EFFICIENT_ATTENTION_FASHION_MNIST", "/usr/share/datasets/fashion-mnist")
 
@@ -92,6 +93,10 @@ def test_a_damaged_picture_is_named(folder):
     (folder / "cat" / "1.png").write_bytes(b"garbage")
     with pytest.raises(ValueError, match=r"cat/1.png \(7 bytes\) must be a picture"):
         ImageFolders(folder)[0]
+    (folder / "cat" / "1.png").unlink()
+    (folder / "cat" / "1.png").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"cat/1.png must be a picture: .*No such file"):
+        ImageFolders(folder)[0]
 
 
 def test_imagenet_is_a_thousand_classes(tmp_path):
@@ -169,15 +174,23 @@ def test_damaged_clothes_are_told(tmp_path, name, damage):
 def test_a_truncated_archive_is_told(tmp_path):
     clothes(tmp_path, packed=True)
     path = tmp_path / "train-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="must be a whole file of gzip"):
-        FashionMnist(tmp_path)
+    data = path.read_bytes()
+    for damaged in (data[:100], data[:10] + b"\xff" * 90):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="must be a whole file of gzip"):
+            FashionMnist(tmp_path)
 
 
 def test_labels_must_be_as_many_as_pictures(tmp_path):
     clothes(tmp_path, count=5)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.array([1, 10])))
     with pytest.raises(ValueError, match="has 5 pictures and 2 labels of up to 10"):
+        FashionMnist(tmp_path)
+    clothes(tmp_path, count=6)
+    with pytest.raises(ValueError, match="has 6 pictures and 6 labels of up to 10"):
+        FashionMnist(tmp_path)
+    clothes(tmp_path, count=0)
+    with pytest.raises(ValueError, match="has 0 pictures and 0 labels of up to -1"):
         FashionMnist(tmp_path)
 
 

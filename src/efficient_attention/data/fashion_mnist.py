@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -74,10 +75,11 @@ class FashionMnist(Dataset[tuple[Tensor, int]]):
             FashionMNIST(str(folder), download=True)
         self._pixels = _read_bytes(self._find("images-idx3-ubyte"), (28, 28))
         self._labels = _read_bytes(self._find("labels-idx1-ubyte"), ())
-        if len(self._pixels) != len(self._labels) or int(self._labels.max()) >= self.num_classes:
+        highest = max(self._labels.tolist(), default=-1)
+        if len(self._pixels) != len(self._labels) or not 0 <= highest < self.num_classes:
             raise ValueError(
-                f"folder must have a label from 0 to 9 for every picture; '{self.folder}' has "
-                f"{len(self._pixels)} pictures and {len(self._labels)} labels of up to {int(self._labels.max())}"
+                f"folder must have pictures, and a label from 0 to 9 for every one; '{self.folder}' has "
+                f"{len(self._pixels)} pictures and {len(self._labels)} labels of up to {highest}"
             )
 
     def __len__(self) -> int:
@@ -110,7 +112,7 @@ def _read_bytes(path: Path, shape: tuple[int, ...]) -> Tensor:
     """A file of the IDX format: a word that says type and dimensions, a word for every size, and the bytes."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"'{path}' must be a whole file of gzip: {error}") from error
     dimensions = len(shape) + 1
     head = np.frombuffer(data[: 4 * (dimensions + 1)].ljust(4 * (dimensions + 1)), dtype=">u4")
