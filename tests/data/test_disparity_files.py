@@ -1,6 +1,7 @@
 """Disparities and pictures on disk, and back."""
 
 import struct
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -8,13 +9,14 @@ import torch
 from PIL import Image
 
 from efficient_attention.data.disparity_files import (
+    check_disparity,
     read_disparity,
     read_disparity_png,
     read_pfm,
     write_disparity_png,
     write_pfm,
 )
-from efficient_attention.data.images import read_image
+from efficient_attention.data.images import check_pixels, read_image
 
 
 @pytest.mark.parametrize("byte_order", ["little", "big"])
@@ -65,7 +67,17 @@ def test_a_truncated_float_map_is_refused(tmp_path, change):
         read_pfm(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"Pf\n2 x\n1\n", b"\x89PNG\r\n", b"P5\n2 2\n255\n1234"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"Pf\n2 x\n1\n",
+        b"Pf\n1 1\nE\n1234",
+        b"Pf\n1 1\n-\n1234",
+        b"\x89PNG\r\n",
+        b"P5\n2 2\n255\n1234",
+    ],
+)
 def test_what_is_no_float_map_is_refused(tmp_path, data):
     (tmp_path / "a.pfm").write_bytes(data)
     with pytest.raises(ValueError, match=r"a.pfm must begin as a portable float map"):
@@ -123,6 +135,61 @@ def test_the_format_follows_from_the_name(tmp_path):
         read_disparity(tmp_path / "b.npy")
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p.write_bytes(b""), r"a.npy \(0 bytes\) must be a whole array of NumPy: EOF"),
+        (lambda p: p.write_bytes(b"garbage" * 9), r"a.npy \(63 bytes\) must be a whole array"),
+        (
+            lambda p: p.write_bytes(p.read_bytes()[:-1]),
+            r"a.npy \(151 bytes\) must be a whole array",
+        ),
+        (lambda p: np.save(p, np.array([[{}]])), "must be a whole array of NumPy: .* objects"),
+        (lambda p: np.save(p, np.ones((2, 3), complex)), "must hold real numbers; got complex128"),
+        (lambda p: np.save(p, np.ones((1, 2, 3))), r"must hold a map \[H, W\]; got shape"),
+    ],
+)
+def test_arrays_that_are_no_disparities_are_refused(tmp_path, make, message):
+    path = tmp_path / "a.npy"
+    np.save(path, np.ones((2, 3), np.float32))
+    make(path)
+    for look in (read_disparity, check_disparity):
+        with pytest.raises(ValueError, match=message):
+            look(path)
+
+
+def test_a_file_is_checked_by_its_head_as_by_reading_it(tmp_path):
+    disparity = torch.full((2, 3), 1.5)
+    write_pfm(tmp_path / "a.pfm", disparity)
+    write_disparity_png(tmp_path / "a.png", disparity)
+    np.save(tmp_path / "a.npy", disparity.numpy())
+    for name in ("a.pfm", "a.png", "a.npy"):
+        assert check_disparity(tmp_path / name) == read_disparity(tmp_path / name).shape
+    write_pfm(tmp_path / "colour.pfm", torch.ones(3, 2, 3))
+    (tmp_path / "short.pfm").write_bytes((tmp_path / "a.pfm").read_bytes()[:-1])
+    Image.new("L", (3, 2)).save(tmp_path / "shallow.png")
+    Image.new("RGB", (3, 2)).save(tmp_path / "colour.png")
+    (tmp_path / "short.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    (tmp_path / "a.txt").write_text("1.5")
+    for name in ("colour.pfm", "short.pfm", "shallow.png", "colour.png", "short.png", "a.txt"):
+        with pytest.raises(ValueError, match=name) as told:
+            read_disparity(tmp_path / name)
+        with pytest.raises(ValueError, match=name) as told_by_head:
+            check_disparity(tmp_path / name)
+        assert str(told.value) == str(told_by_head.value)
+    with pytest.raises(FileNotFoundError):
+        check_disparity(tmp_path / "b.pfm")
+
+
+@pytest.mark.parametrize("scale", [0, -256, float("nan")])
+def test_a_scale_is_positive(tmp_path, scale):
+    write_disparity_png(tmp_path / "a.png", torch.ones(1, 1))
+    write_pfm(tmp_path / "a.pfm", torch.ones(1, 1))
+    for name in ("a.png", "a.pfm"):
+        with pytest.raises(ValueError, match="scale must be positive; got"):
+            read_disparity(tmp_path / name, scale=scale)
+
+
 @pytest.mark.parametrize("write", [write_pfm, write_disparity_png])
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, write, monkeypatch):
     path = tmp_path / "a"
@@ -168,3 +235,21 @@ def test_damaged_pictures_are_named(tmp_path):
             read_image(tmp_path / "a.png")
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("look", [read_image, check_pixels])
+def test_a_picture_of_absurd_size_is_named(tmp_path, look):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", head), chunk(b"IDAT", compress(b"")), chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with pytest.raises(ValueError, match=r"a.png \(65 bytes\) must be a picture: Image size"):
+        look(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_a_head_tells_the_size_of_what_can_be_read(tmp_path, mode):
+    Image.new(mode, (5, 3)).save(tmp_path / "a.png")
+    assert check_pixels(tmp_path / "a.png") == read_image(tmp_path / "a.png").shape[1:] == (3, 5)

@@ -10,15 +10,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .images import decode_image
+from ..errors import InputError
+from .images import decode_image, read_head
 
 __all__ = [
+    "check_disparity",
     "read_disparity",
     "read_disparity_png",
     "read_pfm",
@@ -27,7 +29,9 @@ __all__ = [
 ]
 
 # The kind, the width, the height, and a scale whose sign is the byte order; then, after one separator, the numbers.
-_PFM_HEADER = re.compile(rb"(P[Ff])\s+(\d+)\s+(\d+)\s+([-+.\deE]+)(?:\r\n|\s)")
+_PFM_HEADER = re.compile(
+    rb"(P[Ff])\s+(\d+)\s+(\d+)\s+([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\r\n|\s)"
+)
 _LONGEST_HEADER = 256
 _KITTI_SCALE = 256.0
 _MOST_IN_16_BITS = 65535
@@ -45,7 +49,7 @@ def read_pfm(path: str | Path) -> Tensor:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no portable float map, or has more or fewer bytes than its header tells.
+        InputError: a ValueError; the file is no portable float map, or has more or fewer bytes than its header tells.
 
     Example:
         >>> write_pfm(Path(folder, "a.pfm"), torch.tensor([[1.0, 2.5]]))
@@ -53,25 +57,11 @@ def read_pfm(path: str | Path) -> Tensor:
         tensor([[1.0000, 2.5000]])
     """
     data = Path(path).read_bytes()
-    header = _PFM_HEADER.match(data[:_LONGEST_HEADER])
-    if header is None:
-        raise ValueError(
-            f"{path} must begin as a portable float map: PF or Pf, width, height, scale; "
-            f"got {data[:24]!r}"
-        )
-    channels = 3 if header[1] == b"PF" else 1
-    width, height = int(header[2]), int(header[3])
-    expected, got = 4 * channels * width * height, len(data) - header.end()
-    if expected != got:
-        raise ValueError(
-            f"{path} must hold {expected} bytes after its header, for {width} x {height} pixels of "
-            f"{channels} float32; got {got}: the file is damaged or was not written to its end"
-        )
-    byte_order = "<" if float(header[4]) < 0 else ">"
-    stored = np.frombuffer(data, f"{byte_order}f4", offset=header.end())
-    rows = stored.reshape(height, width, channels)[::-1]  # [H, W, C]
+    head = _pfm_head(path, data[:_LONGEST_HEADER], len(data))
+    stored = np.frombuffer(data, f"{head.byte_order}f4", offset=head.length)
+    rows = stored.reshape(head.height, head.width, head.channels)[::-1]  # [H, W, C]
     image = torch.from_numpy(rows.transpose(2, 0, 1).astype("=f4", order="C"))
-    return image if channels == 3 else image[0]
+    return image if head.channels == 3 else image[0]
 
 
 def write_pfm(
@@ -118,20 +108,17 @@ def read_disparity_png(path: str | Path, *, scale: float | None = None) -> Tenso
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no sound picture of one channel, or has 8 bits and no ``scale`` is given.
+        InputError: a ValueError; the file is no sound picture of one channel, or has 8 bits and no ``scale`` is given.
+        ValueError: ``scale`` is not positive.
 
     Example:
         >>> write_disparity_png(Path(folder, "a.png"), torch.tensor([[0.0, 1.5]]))
         >>> read_disparity_png(Path(folder, "a.png"))
         tensor([[0.0000, 1.5000]])
     """
+    _check_scale(scale)
     stored, mode = decode_image(path)
-    if not (mode == "L" or mode.startswith("I")):
-        raise ValueError(f"{path} must have one channel of 8 or 16 bits; got mode {mode}")
-    if scale is None and mode == "L":
-        raise ValueError(
-            f"scale must be given for {path}: it has 8 bits, and no usual number stands for a pixel"
-        )
+    _check_png(path, mode, scale)
     return torch.from_numpy(stored.astype(np.float32)) / (_KITTI_SCALE if scale is None else scale)
 
 
@@ -184,7 +171,8 @@ def read_disparity(path: str | Path, *, scale: float | None = None) -> Tensor:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another format, or no map of one channel.
+        InputError: a ValueError; another format, a damaged file, or no map of one channel.
+        ValueError: ``scale`` is not positive.
 
     Example:
         >>> write_pfm(Path(folder, "a.pfm"), torch.full((1, 2), 3.0))
@@ -194,15 +182,106 @@ def read_disparity(path: str | Path, *, scale: float | None = None) -> Tensor:
     path = Path(path)
     if path.suffix == ".png":
         return read_disparity_png(path, scale=scale)
+    _check_scale(scale)
     if path.suffix == ".pfm":
         disparity = read_pfm(path)
-    elif path.suffix == ".npy":
-        disparity = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
     else:
-        raise ValueError(f"disparities must be .pfm, .png or .npy files; got {path}")
-    if disparity.dim() != 2:
-        raise ValueError(f"{path} must hold a map [H, W]; got shape {tuple(disparity.shape)}")
+        disparity = torch.from_numpy(_open_array(path).astype(np.float32))
+    _check_map(path, disparity.shape)
     return disparity if scale is None else disparity / scale
+
+
+def check_disparity(path: str | Path, *, scale: float | None = None) -> tuple[int, int]:
+    """The height and the width of what :func:`read_disparity` will read, from the head of the file and its length.
+
+    Args:
+        path: the file.
+        scale: see :func:`read_disparity`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: as :func:`read_disparity`, but for damage inside of a picture.
+    """
+    path = Path(path)
+    if path.suffix == ".png":
+        height, width, mode = read_head(path)
+        _check_png(path, mode, scale)
+        return height, width
+    if path.suffix == ".pfm":
+        with path.open("rb") as file:
+            head = _pfm_head(path, file.read(_LONGEST_HEADER), path.stat().st_size)
+        shape = (head.channels, head.height, head.width)[head.channels == 1 :]
+    else:
+        shape = _open_array(path).shape
+    _check_map(path, shape)
+    height, width = shape
+    return height, width
+
+
+class _PfmHead(NamedTuple):
+    """``byte_order`` is numpy's sign; ``length`` is the head's own, in bytes."""
+
+    channels: int
+    height: int
+    width: int
+    byte_order: Literal["<", ">"]
+    length: int
+
+
+def _pfm_head(path: str | Path, beginning: bytes, size: int) -> _PfmHead:
+    """The head of a file of ``size`` bytes, to which they must belong."""
+    header = _PFM_HEADER.match(beginning)
+    if header is None:
+        raise InputError(
+            f"{path} must begin as a portable float map: PF or Pf, width, height, scale; "
+            f"got {beginning[:24]!r}"
+        )
+    channels = 3 if header[1] == b"PF" else 1
+    width, height = int(header[2]), int(header[3])
+    expected, got = 4 * channels * width * height, size - header.end()
+    if expected != got:
+        raise InputError(
+            f"{path} must hold {expected} bytes after its header, for {width} x {height} pixels of "
+            f"{channels} float32; got {got}: the file is damaged or was not written to its end"
+        )
+    return _PfmHead(
+        channels, height, width, "<" if header[4].startswith(b"-") else ">", header.end()
+    )
+
+
+def _open_array(path: Path) -> np.ndarray:
+    """The array of a file, which is not read as yet; all other files than NumPy's are refused here."""
+    if path.suffix != ".npy":
+        raise InputError(f"disparities must be .pfm, .png or .npy files; got {path}")
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:
+        size = path.stat().st_size
+        raise InputError(
+            f"{path} ({size} bytes) must be a whole array of NumPy: {error}"
+        ) from error
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"{path} must hold real numbers; got {array.dtype}")
+    return array
+
+
+def _check_map(path: Path, shape: tuple[int, ...]) -> None:
+    if len(shape) != 2:
+        raise InputError(f"{path} must hold a map [H, W]; got shape {tuple(shape)}")
+
+
+def _check_png(path: str | Path, mode: str, scale: float | None) -> None:
+    if not (mode == "L" or mode.startswith("I")):
+        raise InputError(f"{path} must have one channel of 8 or 16 bits; got mode {mode}")
+    if scale is None and mode == "L":
+        raise InputError(
+            f"scale must be given for {path}: it has 8 bits, and no usual number stands for a pixel"
+        )
+
+
+def _check_scale(scale: float | None) -> None:
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive; got {scale}")
 
 
 @contextmanager
