@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader
 from efficient_attention.data import disparity_files, images, stereo, stereo_transforms
 from efficient_attention.data.disparity_files import write_disparity_png, write_pfm
 from efficient_attention.data.draws import Draw
-from efficient_attention.data.stereo import StereoFolder
+from efficient_attention.data.stereo import StereoFolder, StereoPairs
 from efficient_attention.data.stereo_benchmarks import (
     Kitti2012,
     Kitti2015,
     Middlebury2014,
     SceneFlow,
 )
+from efficient_attention.errors import InputError
 
 SIZE = (4, 6)
 DATA = os.environ.get("EFFICIENT_ATTENTION_DATA")
@@ -39,11 +40,11 @@ def put_disparity(path, disparity, size=SIZE):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Pairs a, b and c; left images hold 1, 2, 3 of 255, right ones 11, 12, 13, and disparities 21, 22, 23."""
+    """Pairs a, b and c; left images hold 1, 2, 3 of 255, right ones 11, 12, 13, and disparities 3, 4, 5."""
     for i, name in enumerate("abc", start=1):
         put_image(tmp_path / "left" / f"{name}.png", i)
         put_image(tmp_path / "right" / f"{name}.png", 10 + i)
-        put_disparity(tmp_path / "truth" / f"{name}.pfm", 20 + i)
+        put_disparity(tmp_path / "truth" / f"{name}.pfm", 2 + i)
     return tmp_path
 
 
@@ -82,7 +83,7 @@ def test_pairs_belong_together(folder):
     for i, sample in enumerate(pairs, start=1):
         assert gray(sample["left"]) == [i]
         assert gray(sample["right"]) == [10 + i]
-        assert sample["disparity"].unique().tolist() == [20 + i]
+        assert sample["disparity"].unique().tolist() == [2 + i]
 
 
 def test_samples_have_the_documented_types(folder):
@@ -116,7 +117,7 @@ def test_disparities_are_valid_where_they_are_finite_and_positive(folder):
     sample = StereoFolder(*patterns(folder), absolute=True)[0]
     assert sample["disparity"][0].tolist() == [0, 1, 0, 0, 0, 0.25]
     sample = StereoFolder(*patterns(folder), disparity_scale=4)[1]
-    assert sample["disparity"].unique().tolist() == [5.5]
+    assert sample["disparity"].unique().tolist() == [1]
 
 
 def test_several_wildcards_mean_the_same_in_every_pattern(tmp_path):
@@ -167,16 +168,98 @@ def test_patterns_that_match_nothing_or_not_alike_are_refused(folder):
         StereoFolder(folder / "left/*.png", folder / "right/a.png")
 
 
-def test_sizes_must_agree(folder):
-    put_image(folder / "right/b.png", size=(4, 7))
+@pytest.mark.parametrize(
+    ("file", "make", "message"),
+    [
+        ("left/b.png", lambda p: p.write_bytes(p.read_bytes()[:50]), "b.png .50 bytes. must be a"),
+        ("left/b.png", lambda p: p.write_bytes(b""), "left/b.png .0 bytes. must be a picture"),
+        ("right/b.png", lambda p: put_image(p, size=(4, 7)), "6 x 4; got 7 x 4"),
+        (
+            "right/b.png",
+            lambda p: Image.new("I;16", (6, 4)).save(p),
+            "8 bits a channel; got mode I",
+        ),
+        ("truth/b.pfm", lambda p: put_disparity(p, 1, size=(5, 6)), "left/b.png, 6 x 4; got 6 x 5"),
+        ("truth/b.pfm", lambda p: p.write_bytes(p.read_bytes()[:-1]), "b.pfm must hold 96 bytes"),
+        (
+            "truth/b.pfm",
+            lambda p: write_pfm(p, torch.ones(3, *SIZE)),
+            r"\[H, W\]; got .* \(3, 4, 6\)",
+        ),
+    ],
+)
+def test_what_heads_of_files_show_is_told_before_the_first_sample(folder, file, make, message):
+    make(folder / file)
+    with pytest.raises(InputError, match=f"^1 of 3 pairs cannot be used; the first: .*{message}"):
+        StereoFolder(*patterns(folder))
+
+
+def test_files_that_are_missing_are_told_before_the_first_sample(folder):
+    files = StereoFolder(*patterns(folder)).files
+    for file in ("truth/c.pfm", "right/c.png"):
+        (folder / file).unlink()
+        with pytest.raises(InputError, match=f"1 of 3 pairs .*No such file .*{file}"):
+            StereoPairs(files)
+
+
+def test_damage_inside_of_a_file_is_told_when_it_is_met(folder):
     pairs = StereoFolder(*patterns(folder))
-    with pytest.raises(
-        ValueError, match=r"right/b.png must have the size of .*left/b.png, 6 x 4; got 7 x 4"
-    ):
+    put_image(folder / "right/b.png", size=(4, 7))
+    with pytest.raises(InputError, match=r"right/b.png must have the size of .*; got 7 x 4"):
         pairs[1]
     put_disparity(folder / "truth/a.pfm", 1, size=(5, 6))
-    with pytest.raises(ValueError, match=r"truth/a.pfm must have the size of .*; got 6 x 5"):
+    with pytest.raises(InputError, match=r"truth/a.pfm must have the size of .*; got 6 x 5"):
+        pairs[0]
+    (folder / "left/c.png").unlink()
+    with pytest.raises(InputError, match=r"pair c can no longer be read: .*left/c.png"):
+        pairs[2]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([-3.0, -4.0, -0.5], "of 24 there are 24 negative, 0 zero .*; absolute=True takes them"),
+        (
+            [-3.0, 0.0, torch.nan],
+            "of 24 there are 8 negative, 8 zero and the others not finite; abs",
+        ),
+        ([torch.nan, torch.inf, -torch.inf], "of 24 there are 8 negative"),
+        ([torch.nan], "0 negative, 0 zero and the others not finite$"),
+        ([0.0], "0 negative, 24 zero and the others not finite$"),
+    ],
+)
+def test_a_truth_in_which_nothing_is_known_is_told(folder, values, message):
+    write_pfm(folder / "truth/a.pfm", torch.tensor(values).repeat(24 // len(values)).view(SIZE))
+    with pytest.raises(InputError, match=f"truth/a.pfm must hold disparities that .*{message}"):
         StereoFolder(*patterns(folder))
+
+
+def test_numbers_in_another_byte_order_are_no_disparities(folder):
+    path = folder / "truth/b.pfm"
+    pairs = StereoFolder(*patterns(folder))
+    write_pfm(path, 6 * torch.rand(SIZE))
+    path.write_bytes(path.read_bytes().replace(b"\n-1.0\n", b"\n1.0\n"))
+    with pytest.raises(InputError, match=r"b.pfm must hold disparities .* an image 6 wide; got"):
+        pairs[1]
+
+
+def test_disparities_of_another_scale_exceed_the_image(folder):
+    for name in "abc":
+        write_disparity_png(folder / f"truth/{name}.png", torch.rand(SIZE) + 1)
+    paths = *patterns(folder)[:2], folder / "truth/*.png"
+    assert len(StereoFolder(*paths)) == 3
+    with pytest.raises(InputError, match=r"a.png must hold .*; got \d+ for one and 24 such of 24"):
+        StereoFolder(*paths, disparity_scale=1)
+    with pytest.raises(ValueError, match="disparity_scale must be positive; got 0"):
+        StereoFolder(*paths, disparity_scale=0)
+
+
+def test_a_few_disparities_may_exceed_the_image(folder):
+    # Things that nearly touch the camera.
+    truth = torch.full(SIZE, 3.0)
+    truth[:2] = 100
+    write_pfm(folder / "truth/a.pfm", truth)
+    assert StereoFolder(*patterns(folder))[0]["valid"].all()
 
 
 def test_transforms_take_their_random_numbers_from_the_draw(folder):
@@ -272,10 +355,11 @@ def test_middlebury_has_both_calibrations(tmp_path):
     for scene, number in (("Piano-perfect", 1), ("Piano-imperfect", 2), ("Pipes-perfect", 3)):
         put_image(tmp_path / scene / "im0.png", number)
         put_image(tmp_path / scene / "im1.png")
-        put_disparity(tmp_path / scene / "disp0.pfm", torch.inf if number == 3 else 7)
+        put_disparity(tmp_path / scene / "disp0.pfm", 2)
+    write_pfm(tmp_path / "Pipes-perfect/disp0.pfm", torch.tensor([[2.0] + [torch.inf] * 5] * 4))
     perfect = Middlebury2014(tmp_path)
     assert [sample["name"] for sample in perfect] == ["Piano", "Pipes"]
-    assert [bool(sample["valid"].any()) for sample in perfect] == [True, False]
+    assert [int(sample["valid"].sum()) for sample in perfect] == [24, 4]
     assert [gray(sample["left"]) for sample in Middlebury2014(tmp_path, "imperfect")] == [[2]]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .disparity_files import read_disparity
+from ..errors import InputError
+from .disparity_files import check_disparity, read_disparity
 from .draws import Draw, as_draw, generator
-from .images import read_image
+from .images import check_pixels, read_image
 
 __all__ = [
     "StereoFiles",
@@ -52,6 +54,11 @@ class StereoSample(TypedDict):
     visible: NotRequired[Tensor]
 
 
+# Reading the head of a file is waiting for the disk.
+_READERS = 16
+# No camera measures less, in pixels; numbers in another byte order or of another scale are mostly less, or too large.
+_SMALLEST = 2.0**-10
+
 # What changes a sample, with random numbers from a generator on the CPU.
 StereoTransform = Callable[[StereoSample, torch.Generator], StereoSample]
 
@@ -75,8 +82,10 @@ class StereoFiles(NamedTuple):
 class StereoPairs(Dataset[StereoSample]):
     """A data set of pairs whose files are listed.
 
-    A disparity is known where it is finite and positive. Files of other sizes than their left image are an error; of
-    the first pair when the data set is made, of others when they are read.
+    A disparity is known where it is finite and positive. When the data set is made, the heads of all files are looked
+    at, and the first pair is read. Damage inside of a file, and disparities that cannot be, are told when they are met:
+    a file in which nothing is known, and one of which most numbers are no disparities of an image of this width, as
+    those in another byte order.
 
     Args:
         files: of every pair; at least one.
@@ -86,8 +95,9 @@ class StereoPairs(Dataset[StereoSample]):
             :class:`Draw` by which the sample is asked for; under a plain index they are always the same.
 
     Raises:
-        FileNotFoundError: a file of the first pair does not exist.
-        ValueError: there is no pair, or a file of the first pair is damaged or has another size.
+        InputError: a ValueError; files are missing, no pictures or maps, damaged or of other sizes than their left
+            image. The message names the first.
+        ValueError: there is no pair, or the scale is not positive.
     """
 
     def __init__(
@@ -100,10 +110,13 @@ class StereoPairs(Dataset[StereoSample]):
     ) -> None:
         if not files:
             raise ValueError("files must name at least one pair; got none")
+        if disparity_scale is not None and not disparity_scale > 0:
+            raise ValueError(f"disparity_scale must be positive; got {disparity_scale}")
         self.files = list(files)
         self.disparity_scale = disparity_scale
         self.absolute = absolute
         self.transform = transform
+        self._check()
         self._read(self.files[0])
 
     def __len__(self) -> int:
@@ -116,15 +129,43 @@ class StereoPairs(Dataset[StereoSample]):
             return sample
         return self.transform(sample, generator(draw.seed, draw.item))
 
+    def _check(self) -> None:
+        with ThreadPoolExecutor(_READERS) as readers:
+            faults = [fault for fault in readers.map(self._fault, self.files) if fault]
+        if faults:
+            raise InputError(
+                f"{len(faults)} of {len(self.files)} pairs cannot be used; the first: {faults[0]}"
+            )
+
+    def _fault(self, files: StereoFiles) -> str | None:
+        """What the heads of a pair's files show to be wrong."""
+        try:
+            size = check_pixels(files.left)
+            _check_size(check_pixels(files.right), files.right, size, files.left)
+            if files.disparity is not None:
+                of_truth = check_disparity(files.disparity, scale=self.disparity_scale)
+                _check_size(of_truth, files.disparity, size, files.left)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None
+
     def _read(self, files: StereoFiles) -> StereoSample:
+        try:
+            return self._sample(files)
+        except OSError as error:
+            raise InputError(f"pair {files.name} can no longer be read: {error}") from error
+
+    def _sample(self, files: StereoFiles) -> StereoSample:
         left, right = read_image(files.left), read_image(files.right)
+        size = left.shape[1:]
+        _check_size(right.shape[1:], files.right, size, files.left)
         sample = StereoSample(left=left, right=right, name=files.name)
-        _check_size(right, files.right, left, files.left)
         if files.disparity is not None:
             disparity = read_disparity(files.disparity, scale=self.disparity_scale)
-            _check_size(disparity, files.disparity, left, files.left)
+            _check_size(disparity.shape, files.disparity, size, files.left)
             disparity = disparity.abs() if self.absolute else disparity
             valid = disparity.isfinite() & (disparity > 0)
+            _check_known(disparity, valid, files.disparity)
             # What is unknown may be infinite in the file, and would be NaN after a product with the mask.
             sample["disparity"] = torch.where(valid, disparity, 0)
             sample["valid"] = valid
@@ -259,9 +300,29 @@ def _filled(pattern: str | Path, parts: tuple[str, ...]) -> str:
     return re.sub(r"\*", lambda _: next(rest), str(pattern))
 
 
-def _check_size(picture: Tensor, path: str, left: Tensor, left_path: str) -> None:
-    if picture.shape[-2:] != left.shape[-2:]:
-        (height, width), (h, w) = left.shape[-2:], picture.shape[-2:]
-        raise ValueError(
+def _check_size(size: Sequence[int], path: str, of_left: Sequence[int], left_path: str) -> None:
+    (height, width), (h, w) = of_left, size
+    if (h, w) != (height, width):
+        raise InputError(
             f"{path} must have the size of {left_path}, {width} x {height}; got {w} x {h}"
+        )
+
+
+def _check_known(disparity: Tensor, known: Tensor, path: str) -> None:
+    """Whether there is something to learn from, and it can be true."""
+    count = int(known.sum())
+    if count == 0:
+        negative, zero = int((disparity < 0).sum()), int((disparity == 0).sum())
+        advice = "; absolute=True takes them without their sign" if negative else ""
+        raise InputError(
+            f"{path} must hold disparities that are known, finite and positive; of {disparity.numel()} "
+            f"there are {negative} negative, {zero} zero and the others not finite{advice}"
+        )
+    width = disparity.shape[1]
+    odd = known & ((disparity < _SMALLEST) | (disparity > width))
+    if 2 * int(odd.sum()) > count:
+        raise InputError(
+            f"{path} must hold disparities in pixels of an image {width} wide; got {disparity[odd][0]:g} for one "
+            f"and {int(odd.sum())} such of {count}: disparity_scale or the byte order, which the sign of the scale "
+            "in a .pfm tells, must be another"
         )

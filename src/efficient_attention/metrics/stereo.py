@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 __all__ = ["StereoMetrics", "StereoScores"]
 
 # Above so many pixels a disparity is bad.
@@ -157,11 +159,11 @@ class StereoMetrics:
         """The scores of all images so far.
 
         Raises:
-            ValueError: no image had a pixel that counts.
+            InputError: a ValueError; no image had a pixel that counts.
         """
         images, skipped, pixels = self.counts.tolist()
         if images == 0:
-            raise ValueError(
+            raise InputError(
                 f"scores need an image with pixels that count ({self.protocol}); "
                 f"got {skipped} images without"
             )
