@@ -1,5 +1,6 @@
 """The commands do what the recipe and the command line say, and tell what they cannot do in one line."""
 
+import copy
 import json
 import re
 import shutil
@@ -11,8 +12,11 @@ pytest.importorskip("jsonargparse")
 
 import torch
 import yaml
+from PIL import Image
 
+from efficient_attention import create_model
 from efficient_attention.cli import main
+from efficient_attention.data.disparity_files import write_pfm
 
 STEREO = "efficient_attention.data.generated_stereo.GeneratedStereo"
 PAIRS = {"size": [32, 64], "max_disparity": 16, "ideal_cameras": True}
@@ -116,7 +120,7 @@ def test_user_errors_are_one_line_and_code_2(arguments, parts, capsys, tmp_path)
     assert line.startswith("efficient-attention fit: error: ")
     assert [part for part in parts if part not in line] == []
     assert "Traceback" not in err
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_command_without_a_recipe_says_what_is_missing(capsys):
@@ -137,6 +141,61 @@ def test_a_class_that_the_network_has_no_number_for_is_an_error(tmp_path, capsys
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(recipe))
     assert call("fit", recipe="other.yaml") == 2
     assert "num_classes must be at least 6 for data.train; got 5" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Three pairs in files, and a recipe for them; of the last the left image ends well, but is damaged inside."""
+    for name in ("a", "b", "c"):
+        for side in ("left", "right"):
+            (tmp_path / side).mkdir(exist_ok=True)
+            pixels = torch.randint(256, (32, 64, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / side / f"{name}.png")
+        write_pfm(tmp_path / f"{name}.pfm", torch.full((32, 64), 2.0))
+    path = tmp_path / "left" / "c.png"
+    data = path.read_bytes()
+    path.write_bytes(data[:1000] + bytes(50) + data[1050:])
+    files = {"left_pattern": "left/*.png", "right_pattern": "right/*.png"}
+    folder = {
+        "class_path": "efficient_attention.data.stereo.StereoFolder",
+        "init_args": {**files, "disparity_pattern": "*.pfm"},
+    }
+    recipe = copy.deepcopy(RECIPE)
+    recipe["data"]["init_args"].update({"train": folder, "val": folder, "test": folder})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_a_file_that_proves_damaged_on_the_way_is_told_in_one_line(command, workers, pairs, capsys):
+    network = create_model("psmnet_small", "efficient", at=["volume"], max_disparity=16, width=4)
+    torch.save(network.state_dict(), "weights.pth")
+    weights = ["--model.network.weights", "weights.pth", "--data.workers", workers]
+    assert call(command, *weights) == 2
+    err = capsys.readouterr().err
+    (line,) = [line for line in err.splitlines() if "error:" in line]
+    assert line.startswith(f"efficient-attention {command}: error: left/c.png (")
+    assert "Traceback" not in err
+
+
+def test_data_that_cannot_be_used_leaves_the_folder_free(pairs, capsys):
+    (pairs / "b.pfm").write_bytes(b"Pf")
+    for command in ("fit", "fit"):
+        assert call(command) == 2
+        told = "data.train cannot be used: 1 of 3 pairs cannot be used; the first: b.pfm must begin"
+        assert told in capsys.readouterr().err
+        assert not (pairs / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_data_are_named_as_in_the_recipe(stage, pairs, capsys):
+    (pairs / "b.pfm").write_bytes(b"Pf")
+    network = create_model("psmnet_small", "efficient", at=["volume"], max_disparity=16, width=4)
+    torch.save(network.state_dict(), "weights.pth")
+    assert call(stage, "--model.network.weights", "weights.pth") == 2
+    assert f"error: data.{stage} cannot be used: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", [["{}", "null"], ["{}=null"]], ids=["apart", "together"])

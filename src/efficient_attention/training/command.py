@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
@@ -75,6 +76,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     try:
         with _told_in_one_line(MisconfigurationException):
             Command(command, arguments)
+    except InputError as error:
+        raise InputError(_said_first(error)) from error
     # Lightning ends as if all were done, or with a code of its own.
     except SIGTERMException:
         raise SystemExit(TERMINATED) from None
@@ -173,6 +176,7 @@ class Command(LightningCLI):
         options = self.config_init[self._command]
         folder, given = Path(options.output), options.trainer
         callbacks = [progress()] if given.enable_progress_bar is not False else []
+        callbacks.append(LambdaCallback(on_fit_start=self._note_start))
         if self._command == "predict":
             callbacks.append(Predictions(folder / "predictions"))
         self.trainer_defaults["callbacks"] = callbacks
@@ -181,14 +185,6 @@ class Command(LightningCLI):
             plugins.append(AtomicCheckpointIO())
         kwargs = {"logger": self._loggers(folder), "plugins": plugins, **kwargs}
         return super().instantiate_trainer(default_root_dir=str(folder), **kwargs)
-
-    def before_fit(self) -> None:
-        """Note where a run begins."""
-        for logger in self.trainer.loggers:
-            if isinstance(logger, History):
-                checkpoint = self.config_init.fit.ckpt_path
-                step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
-                logger.add({"event": "start", "step": step, "from": checkpoint, **provenance()})
 
     def after_validate(self) -> None:
         """Note the scores."""
@@ -233,6 +229,14 @@ class Command(LightningCLI):
             )
         return own + ([] if given is True else _as_list(given))
 
+    def _note_start(self, trainer: Trainer, _: LightningModule) -> None:
+        """Note where a run begins, now that there is data for it: what could not begin leaves nothing behind."""
+        for logger in trainer.loggers:
+            if isinstance(logger, History):
+                checkpoint = self.config_init.fit.ckpt_path
+                step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+                logger.add({"event": "start", "step": step, "from": checkpoint, **provenance()})
+
     def _note_scores(self) -> None:
         options = self.config_init[self._command]
         History(Path(options.output), f"{self._command}.jsonl").add(
@@ -243,10 +247,15 @@ class Command(LightningCLI):
 class SaveConfig(SaveConfigCallback):
     """Writes the configuration of a run; of a run that is resumed with another one, beside the first."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing, as the run may not begin."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, as the run begins."""
+        super().setup(trainer, pl_module, "fit")
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml``, or ``config-2.yaml``..., unless the last of them says the same."""
-        if stage != "fit":
-            return
         text = self.parser.dump(self.config)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -285,6 +294,11 @@ def _told_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise InputError(_one_line(str(error))) from error
+
+
+def _said_first(error: InputError) -> str:
+    """What an error says; of one in a process that loads samples, without the traceback that comes with it."""
+    return str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2].strip()
 
 
 def _one_line(message: str) -> str:

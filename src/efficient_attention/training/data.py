@@ -16,6 +16,13 @@ from ..errors import InputError
 
 __all__ = ["ClassificationData", "Data", "DetectionData", "StereoData"]
 
+# What a stage needs, by the name that recipes have for it; the first it cannot do without.
+_DATA_OF = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
 # A data set that is made when it is needed: reading a million annotations takes its time, in every process.
 DatasetFactory = Callable[[], Dataset]
 
@@ -75,14 +82,14 @@ class Data(LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Make the data sets of a stage."""
-        stages = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,))
-        for name in stages:
+        for name in _DATA_OF[stage]:
             factory = self._factories[name]
             if factory is not None and name not in self.datasets:
                 try:
                     self.datasets[name] = factory()
                 except (OSError, TypeError, ValueError) as error:
                     raise InputError(f"data.{name} cannot be used: {error}") from error
+        self.dataset(_DATA_OF[stage][0])
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of this process, from where the run stands."""
