@@ -237,7 +237,7 @@ def test_categories_of_one_name_are_told_apart():
     assert result.box_ap_by_category == {"cat (1)": 1, "cat (2)": 0}
 
 
-def detections_of(data, *, seed=0, images=None):
+def detections_of(data, *, seed=0, categories=6):
     """What a fair detector may find: shifted masks, wrong classes, misses, false alarms, and equal scores."""
     random = torch.Generator().manual_seed(seed)
 
@@ -256,7 +256,7 @@ def detections_of(data, *, seed=0, images=None):
         masks = masks[masks.flatten(1).amax(1) > 0] if len(masks) else masks
         labels = torch.cat([target["labels"][kept], target["labels"][kept][:2]])[: len(masks)]
         other = chance(len(labels)) < 0.15
-        labels = torch.where(other, labels % 6 + 1, labels)
+        labels = torch.where(other, labels % categories + 1, labels)
         corners = [m.nonzero().aminmax(dim=0) for m in masks]
         boxes = [torch.cat([low.flip(0), high.flip(0) + 1]).float() for low, high in corners]
         boxes = torch.stack(boxes) + chance(len(boxes), 4) * 2 if boxes else torch.zeros(0, 4)
@@ -310,16 +310,22 @@ def by_pycocotools(ground_truth, detections, kind):
 
 
 def test_all_numbers_are_those_of_pycocotools(generated):
-    ground, detections = generated
+    # The comparison is about something: objects of all sizes, found in part.
+    assert all(0.05 < number < 0.95 for number in compared_with_pycocotools(*generated))
+
+
+def compared_with_pycocotools(ground, detections):
+    """The twelve numbers of boxes and of masks, which are those of pycocotools."""
     metrics = DetectionMetrics(ground)
     metrics.update(detections, [image["id"] for image in ground["images"]])
     result = metrics.compute()._asdict()
+    numbers = []
     for kind, prefix in (("bbox", "box"), ("segm", "mask")):
         expected = by_pycocotools(pickle.loads(pickle.dumps(ground)), detections, kind)
         mine = [result[f"{prefix}_{number}"] for number in NUMBERS]
         assert mine == pytest.approx(expected, abs=1e-6)
-        # The comparison is about something: objects of all sizes, found in part.
-        assert all(0.05 < number < 0.95 for number in mine)
+        numbers += mine
+    return numbers
 
 
 def processes(generated, samplers):
@@ -462,3 +468,12 @@ def test_the_truth_of_real_folders_is_perfect(name):
     assert result.images == len(data)
     assert result.mask_ap == pytest.approx(1, abs=1e-12)
     assert result.box_ap == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.skipif(not REAL, reason="EFFICIENT_ATTENTION_DATA names no folder")
+@pytest.mark.parametrize("name", ["nuclei", "neon_trees"])
+def test_all_numbers_of_real_folders_are_those_of_pycocotools(name):
+    folder = Path(REAL) / "detection" / name
+    data = CocoInstances(folder / "images", folder / "instances.json")
+    numbers = compared_with_pycocotools(data.ground_truth(), detections_of(data, categories=1))
+    assert all(0.05 < ap < 0.95 for ap in numbers[:: len(NUMBERS)])

@@ -29,7 +29,11 @@ def test_scores_equal_those_worked_out_by_hand():
 
 @pytest.mark.parametrize(
     ("truth", "error", "outlier"),
-    [(40, 3.5, True), (40, 2.5, False), (100, 4.5, False), (100, 5.5, True), (60, 3, False)],
+    [
+        *((40, 3.5, True), (40, 2.5, False), (100, 4.5, False), (100, 5.5, True)),
+        # No more than three pixels, and no more than five percent.
+        *((40, 3, False), (80, 4, False)),
+    ],
 )
 def test_outliers_of_kitti_exceed_three_pixels_and_five_percent(truth, error, outlier):
     truth = torch.full((1, 1, 1), float(truth))
