@@ -182,6 +182,14 @@ def test_whether_a_sample_is_flipped_follows_from_its_draw(folder):
     assert all(torch.equal(a, data[Draw(0, seed)][0]) for seed, a in enumerate(again))
 
 
+def test_samples_of_one_seed_are_flipped_each_by_itself(folder):
+    plain, data = coco(folder), coco(folder, augment=v2.RandomHorizontalFlip(0.5))
+    flipped = [
+        [not torch.equal(data[Draw(i, seed)][0], plain[i][0]) for seed in range(20)] for i in (0, 1)
+    ]
+    assert flipped[0] != flipped[1]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmented_samples_do_not_depend_on_workers_or_on_a_resumption(folder, workers):
     def loader(workers):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -288,3 +289,14 @@ def test_an_area_that_cannot_be_is_counted(folder, area, masks, expected):
         data = coco(folder, content, masks=masks)
     assert data[1][1]["area"].tolist() == [expected]
     assert [a["area"] for a in data.ground_truth()["annotations"]] == [16, expected]
+
+
+@pytest.mark.parametrize(("area", "kept"), [(0, True), (25, True), (25.5, False), (-0.5, False)])
+def test_an_area_may_be_as_large_as_a_box_with_a_border(folder, area, kept):
+    # Boxes of 4 x 4 pixels that end at the centres of pixels hold 5 x 5.
+    content = changed("annotations", area=area)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        data = coco(folder, content)
+    assert len(told) == (not kept)
+    assert data[1][1]["area"].tolist() == [area if kept else 16]
