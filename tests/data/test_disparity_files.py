@@ -86,12 +86,13 @@ def test_what_is_no_float_map_is_refused(tmp_path, data):
 
 def test_a_disparity_is_stored_as_kitti_does(tmp_path):
     path = tmp_path / "a.png"
-    disparity = torch.tensor([[1.0, 100.25, 255.99], [0.0, -1.0, torch.nan]])
+    # To the nearest step: 255.99 is 65533.44 steps, and 2.499 is 639.744.
+    disparity = torch.tensor([[1.0, 2.499, 255.99], [0.0, -1.0, torch.nan]])
     write_disparity_png(path, disparity)
     with Image.open(path) as file:
-        assert np.array(file).tolist() == [[256, 25664, 65533], [0, 0, 0]]
+        assert np.array(file).tolist() == [[256, 640, 65533], [0, 0, 0]]
         assert np.array(file).dtype == np.uint16
-    assert read_disparity_png(path).tolist() == [[1, 100.25, 65533 / 256], [0, 0, 0]]
+    assert read_disparity_png(path).tolist() == [[1, 2.5, 65533 / 256], [0, 0, 0]]
 
 
 def test_a_known_disparity_is_never_stored_as_unknown(tmp_path):
@@ -215,7 +216,9 @@ def test_pictures_are_read_as_rgb_in_unit_range(tmp_path):
         Image.fromarray(pixels).convert(mode).save(tmp_path / f"{mode}.png")
         assert read_image(tmp_path / f"{mode}.png").shape == (3, 2, 4)
     assert torch.equal(read_image(tmp_path / "RGBA.png"), image)
-    assert read_image(tmp_path / "LA.png").std(0).max() == 0
+    gray = read_image(tmp_path / "LA.png")
+    assert gray.std(0).max() == 0
+    assert torch.equal(gray, read_image(tmp_path / "L.png"))
 
 
 def test_pictures_without_eight_bits_are_refused(tmp_path):
