@@ -5,17 +5,15 @@ A map is ``[H, W]`` in pixels, its first row the top one. Writers replace a file
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import replacing
 from .images import decode_image
 
 __all__ = [
@@ -100,7 +98,7 @@ def write_pfm(
     height, width = image.shape[-2:]
     channels = image if image.dim() == 3 else image.unsqueeze(0)
     pixels = channels.detach().float().cpu().numpy().transpose(1, 2, 0)[::-1]  # [H, W, C]
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(f"{kind}\n{width} {height}\n{scale}.0\n".encode())
         file.write(pixels.astype("<f4" if byte_order == "little" else ">f4").tobytes())
 
@@ -168,7 +166,7 @@ def write_disparity_png(
         )
     numbers = torch.zeros(disparity.shape, dtype=torch.int32, device=disparity.device)
     numbers[valid] = stored.clamp(min=1).int()
-    with _replacing(path) as file:
+    with replacing(path) as file:
         Image.fromarray(numbers.cpu().numpy().astype(np.uint16)).save(file, format="PNG")
 
 
@@ -203,16 +201,3 @@ def read_disparity(path: str | Path, *, scale: float | None = None) -> Tensor:
     if disparity.dim() != 2:
         raise ValueError(f"{path} must hold a map [H, W]; got shape {tuple(disparity.shape)}")
     return disparity if scale is None else disparity / scale
-
-
-@contextmanager
-def _replacing(path: str | Path) -> Iterator[BinaryIO]:
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-        unfinished.replace(path)
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
