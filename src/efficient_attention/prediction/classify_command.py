@@ -92,9 +92,7 @@ def run(options: argparse.Namespace, report: Callable[[str], None]) -> list[str]
         str(pictures[name]): outcome.results[name] for name in pictures if name in outcome.results
     }
     _write_results(folder, done)
-    report(
-        f"{len(outcome.results)} of {len(pictures)} pictures in {folder}, {outcome.skipped} of them done before"
-    )
+    report(outcome.summary("pictures", folder))
     return list(outcome.failures.values())
 
 

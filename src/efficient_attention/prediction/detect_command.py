@@ -89,9 +89,7 @@ def run(options: argparse.Namespace, report: Callable[[str], None]) -> list[str]
     )
     ids = image_ids(list(pictures.values()), classes.images)
     _write_results(folder / "results.json", outcome.results, pictures, ids)
-    report(
-        f"{len(outcome.results)} of {len(pictures)} pictures in {folder}, {outcome.skipped} of them done before"
-    )
+    report(outcome.summary("pictures", folder))
     return list(outcome.failures.values())
 
 

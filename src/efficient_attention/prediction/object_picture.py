@@ -39,10 +39,14 @@ _TEXT, _LEAST_TEXT = 1 / 45, 11
 _OF_BOX = 1 / 3
 
 
-class _Label(NamedTuple):
-    """A text on a ground of a colour; ``box`` is x0, y0, x1, y1 in pixels."""
+# To what the shorter side of a small picture is enlarged, at most so many times, so that text has room.
+_ROOM, _MOST_TIMES = 700, 4
 
-    text: str
+
+class _Label(NamedTuple):
+    """Texts on a ground of a colour, of which the first that has room is written; ``box`` is x0, y0, x1, y1."""
+
+    texts: tuple[str, ...]
     size: int
     colour: tuple[int, int, int]
     box: tuple[float, float, float, float]
@@ -58,7 +62,7 @@ def draw_objects(
     """Draw objects into a picture: a tint and an outline for the mask, the box, the name and the score in percent.
 
     A colour is one object's, not a class's, so that neighbours are told apart. Labels stay inside the picture, and make
-    room for each other where there is any.
+    room for each other where there is any; where there is little, the score stands alone.
 
     Args:
         picture: ``[3, H, W]`` uint8.
@@ -67,15 +71,15 @@ def draw_objects(
         score: of objects that are drawn, at least.
 
     Returns:
-        A picture in RGB of the same size.
+        A picture in RGB, of the same size, or two to four times as large if a side has less than 467 pixels.
 
     Raises:
         ImportError: Pillow is not installed.
 
     Example:
         >>> nothing = FoundObjects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0), [])
-        >>> draw_objects(torch.zeros(3, 20, 30, dtype=torch.uint8), nothing).size
-        (30, 20)
+        >>> draw_objects(torch.zeros(3, 480, 640, dtype=torch.uint8), nothing).size
+        (640, 480)
     """
     try:
         from PIL import Image, ImageDraw
@@ -83,34 +87,40 @@ def draw_objects(
         raise ImportError(
             "drawing needs Pillow: pip install 'efficient-attention[plot]'"
         ) from error
-    pixels = picture.movedim(0, 2).contiguous().numpy().copy()  # [H, W, 3]
-    height, width = pixels.shape[:2]
+    height, width = picture.shape[1:]
+    times = max(1, min(_MOST_TIMES, round(_ROOM / min(height, width))))
+    image = Image.fromarray(picture.movedim(0, 2).contiguous().numpy())
+    image = image.resize((times * width, times * height), Image.Resampling.BICUBIC)
+    pixels, shorter = np.array(image), min(image.size)  # [H, W, 3]
     area = (found.boxes[:, 2:] - found.boxes[:, :2]).prod(1)
     # The small ones over the large ones.
     order = [i for i in area.argsort(descending=True).tolist() if found.scores[i] >= score]
-    line = max(1, round(min(height, width) / 400))
+    line = max(1, round(shorter / 400))
     for i in order:
         if found.outlines:
-            _tint(pixels, found.outlines[i], _COLOURS[i % len(_COLOURS)], line)
+            _tint(pixels, found.outlines[i], _colour(i), line)
     image = Image.fromarray(pixels)
     draw = ImageDraw.Draw(image)
     labels = []
     for i in order:
-        colour, label = _COLOURS[i % len(_COLOURS)], int(found.labels[i])
-        x0, y0, x1, y1 = found.boxes[i].tolist()
-        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=line)
-        name = (names or {}).get(label, str(label))
-        most, least = round(_TEXT * min(height, width)), _LEAST_TEXT
-        size = max(least, min(most, round(_OF_BOX * (y1 - y0))))
-        text = f"{name} {100 * float(found.scores[i]):.0f}"
-        labels.append(_Label(text, size, colour, (x0, y0, x1, y1)))
+        x0, y0, x1, y1 = box = tuple((times * found.boxes[i]).tolist())
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=_colour(i), width=line)
+        name = (names or {}).get(int(found.labels[i]), str(int(found.labels[i])))
+        size = max(_LEAST_TEXT, min(round(_TEXT * shorter), round(_OF_BOX * (y1 - y0))))
+        percent = f"{100 * float(found.scores[i]):.0f} %"
+        labels.append(_Label((f"{name} {percent}", percent), size, _colour(i), box))
     _write(image, labels)
     return image
 
 
+def _colour(number: int) -> tuple[int, int, int]:
+    return _COLOURS[number % len(_COLOURS)]
+
+
 def _tint(pixels: np.ndarray, outline: dict, colour: tuple[int, int, int], line: int) -> None:
     height, width = pixels.shape[:2]
-    mask = decode_masks([outline], height, width)[0].bool()  # [H, W]
+    # As large as the pixels, into which it is scaled.
+    mask = decode_masks([outline], *outline["size"], size=(height, width))[0].bool()
     rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
     if not len(rows):
         return
@@ -136,12 +146,15 @@ def _write(image: Image, labels: list[_Label]) -> None:
 
     draw = ImageDraw.Draw(image)
     taken: list[tuple[int, int, int, int]] = []
-    for text, size, colour, box in labels:
+    for texts, size, colour, box in labels:
         font = ImageFont.load_default(size)
-        wide, tall = round(font.getlength(text) + 0.6 * size), round(1.3 * size)
-        spots = [_within(image.size, corner, (wide, tall)) for corner in _corners(box, wide, tall)]
-        free = (spot for spot in spots if not any(_overlap(spot, other) for other in taken))
-        spot = next(free, spots[0])
+        spots = []
+        for text in texts:
+            wide, tall = round(font.getlength(text) + 0.6 * size), round(1.3 * size)
+            corners = _corners(box, wide, tall)
+            spots += [(text, _within(image.size, corner, (wide, tall))) for corner in corners]
+        free = (s for s in spots if not any(_overlap(s[1], other) for other in taken))
+        text, spot = next(free, spots[-1])
         taken.append(spot)
         draw.rectangle((spot[0], spot[1], spot[2] - 1, spot[3] - 1), fill=colour)
         middle = (spot[0] + 0.3 * size, (spot[1] + spot[3]) / 2)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Exif, Image
 
 __all__ = ["picture_size", "read_picture"]
 
@@ -41,7 +41,11 @@ def picture_size(path: str | Path, *, upright: bool = True) -> tuple[int, int]:
         InputError: as :func:`read_picture`, but for damage behind the beginning.
     """
     with _opened(path) as image:
-        turned = _orientation(path, image, upright) >= _FIRST_ON_ITS_SIDE
+        from PIL import Image as pillow
+
+        # The method of the base class: that of PNG files reads all, for a tag behind the pixels.
+        tags = pillow.Image.getexif(image)
+        turned = _orientation(path, tags, upright) >= _FIRST_ON_ITS_SIDE
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -70,7 +74,7 @@ def read_picture(path: str | Path, *, upright: bool = True) -> Tensor:
         tensor([255], dtype=torch.uint8)
     """
     with _opened(path) as image:
-        if _orientation(path, image, upright) != _UPRIGHT:
+        if _orientation(path, image.getexif(), upright) != _UPRIGHT:
             from PIL import ImageOps
 
             image = ImageOps.exif_transpose(image)
@@ -102,8 +106,8 @@ def _of_16_bits(image: Image) -> Image:
     return pillow.fromarray(((numbers + _STEPS // 2) // _STEPS).astype(np.uint8)).convert("RGB")
 
 
-def _orientation(path: str | Path, image: Image, upright: bool) -> int:
-    tag = image.getexif().get(_ORIENTATION, _UPRIGHT)
+def _orientation(path: str | Path, tags: Exif, upright: bool) -> int:
+    tag = tags.get(_ORIENTATION, _UPRIGHT)
     found = tag if isinstance(tag, int) and 1 <= tag <= 8 else _UPRIGHT
     if found != _UPRIGHT and not upright:
         raise InputError(
@@ -117,7 +121,7 @@ def _orientation(path: str | Path, image: Image, upright: bool) -> int:
 def _opened(path: str | Path) -> Iterator[Image]:
     """A picture file; whatever is wrong with it, it is told in one line."""
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise ImportError(
             "reading pictures needs Pillow: pip install 'efficient-attention[plot]'"
@@ -131,7 +135,7 @@ def _opened(path: str | Path) -> Iterator[Image]:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 yield image
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise InputError(
             f"a picture must be in a format that Pillow reads; got '{path}' ({Path(path).stat().st_size} bytes)"
         ) from error

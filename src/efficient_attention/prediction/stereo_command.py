@@ -95,9 +95,7 @@ def run(options: argparse.Namespace, report: Callable[[str], None]) -> list[str]
     if options.truth is not None:
         done = {name: pair for name, pair in pairs.items() if name in outcome.results}
         _evaluate(done, folder, options.truth_scale, report)
-    report(
-        f"{len(outcome.results)} of {len(pairs)} pairs in {folder}, {outcome.skipped} of them done before"
-    )
+    report(outcome.summary("pairs", folder))
     return list(outcome.failures.values())
 
 

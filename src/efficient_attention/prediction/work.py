@@ -45,6 +45,12 @@ class Outcome(NamedTuple):
     failures: dict[str, str]
     skipped: int
 
+    def summary(self, what: str, folder: Path) -> str:
+        """One line on all of them."""
+        done = len(self.results)
+        before = f", {self.skipped} of them done before" if self.skipped else ""
+        return f"{done} of {done + len(self.failures)} {what} are in {folder}{before}"
+
 
 def work_through(
     items: Sequence[Item],
