@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from efficient_attention.prediction.forward import forward_bytes
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "prediction.md"
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +273,7 @@ BAD = [
     (["stereo", "left/a.png", "right/a.png", "--truth", "left"], "--truth must be as many files"),
     (["stereo", "left/a.png", "right/a.png", "--truth", "text.png"], "--truth must be a true disparity"),
     (["stereo", "left/a.png", "right/a.png", "--truth", "small.pfm"], "size of its views; got 'small.pfm'"),
+    (["stereo", "left/a.png", "right/a.png", "--truth", "zero.pfm"], "must have known pixels; got 'zero"),
     (["stereo", "left/a.png", "right/a.png", "--truth-scale", "2"], "must come with --truth"),
     (["stereo", "left/a.png", "right/a.png", "-o", "left"], "another folder than that of the pictures"),
     (["stereo", "left/a.png", "right/a.png", "-o", "text.png"], "a folder that can be written"),
@@ -296,6 +300,7 @@ def test_what_cannot_be_is_told_in_one_line_with_code_2(call, arguments, expecte
     Path("empty").mkdir()
     Path("calib.txt").write_text("cam0=[9 0 1; 0 9 1; 0 0 1]\nbaseline=9\nwidth=30\nheight=20")
     write_pfm("small.pfm", torch.ones(4, 5))
+    write_pfm("zero.pfm", torch.zeros(40, 60))
     Path("one.txt").write_text("one\n")
     code, _, err = call(*arguments)
     assert code == 2
@@ -305,8 +310,7 @@ def test_what_cannot_be_is_told_in_one_line_with_code_2(call, arguments, expecte
     # Nothing is half written.
     if Path("out").exists():
         assert not any(name.startswith(".") for name in names("out"))
-        if not any("truth" in argument for argument in arguments):
-            assert names("out") == []
+        assert names("out") == []
 
 
 def test_views_too_large_for_memory_are_refused_with_the_way_out(call, monkeypatch):
@@ -324,6 +328,18 @@ def test_stereo_without_a_network_says_what_it_needs(call, monkeypatch):
     code, _, err = call("stereo", "left", "right", network=False)
     assert code == 2
     assert "stereo needs a network: --network FOLDER" in err[0]
+
+
+@pytest.mark.skipif(not DOCUMENT.exists(), reason="not a checkout")
+def test_the_example_of_the_documentation_runs(work, networks):
+    for side in ("left", "right"):
+        shutil.copy(f"{side}/a.png", f"{side}.png")
+    shutil.copytree(networks / "stereo", "runs/psmnet/network")
+    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    scope = {}
+    exec(example, scope)
+    assert scope["disparity"].shape == (40, 60)
+    assert Path("points.ply").stat().st_size > 15 * scope["known"].sum() > 0
 
 
 def test_missing_extra_is_named(call, monkeypatch):

@@ -38,6 +38,13 @@ def test_folder_of_a_network_is_loaded(tmp_path):
     assert digest(loaded) == digest(network)
 
 
+def test_network_in_few_bits_computes_in_float32(tmp_path, plain):
+    plain.bfloat16().save_pretrained(tmp_path / "network")
+    loaded = load_network("stereo", tmp_path / "network")
+    assert {x.dtype for x in loaded.parameters()} == {torch.float32}
+    assert same(plain.float(), loaded)
+
+
 def test_weights_of_data_parallel_training_are_loaded(tmp_path, plain):
     # As the authors of PSMNet publish theirs.
     state = {f"module.{key}": x for key, x in plain.state_dict().items()}
@@ -170,3 +177,5 @@ def test_device_that_is_not_there_is_told():
     assert find_device("cpu").type == "cpu"
     with pytest.raises(InputError, match="--device must be one that is there; got 'gpu'"):
         find_device("gpu")
+    with pytest.raises(InputError, match="one that computes; got 'meta'"):
+        find_device("meta")

@@ -42,6 +42,8 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"--device must be one that is there; got {name!r}: {reason}") from error
+    if device.type == "meta":
+        raise InputError("--device must be one that computes; got 'meta'")
     return device
 
 

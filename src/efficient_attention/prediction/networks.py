@@ -32,7 +32,7 @@ def load_network(
     prefix: str = "",
     options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The network for a task, in evaluation mode, on the CPU.
+    """The network for a task, in evaluation mode, in float32 on the CPU.
 
     Args:
         task: ``"stereo"``, ``"detect"`` or ``"classify"``.
@@ -65,7 +65,8 @@ def load_network(
         raise InputError(
             f"{task} needs a {kind} ({pattern}); got a {type(found).__name__} from {network or model!s}"
         )
-    return found.eval()
+    # Weights may be stored in fewer bits; pictures are float32.
+    return found.float().eval()
 
 
 def shipped_network(task: str) -> Path | None:

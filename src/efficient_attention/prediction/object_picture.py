@@ -133,10 +133,9 @@ def _tint(pixels: np.ndarray, outline: dict, colour: tuple[int, int, int], line:
     around = torch.nn.functional.pad(~inside, (1, 1, 1, 1), value=True)[None, None].float()
     for _ in range(line):
         around = torch.nn.functional.max_pool2d(around, 3, 1, 1)
-    edge = (inside & around[0, 0, 1:-1, 1:-1].bool()).numpy()
+    tinted, edge = inside.numpy(), (inside & around[0, 0, 1:-1, 1:-1].bool()).numpy()
     part = pixels[window]
-    tinted = (1 - _TINT) * part + _TINT * np.array(colour)
-    part[inside.numpy()] = tinted.round().astype(np.uint8)[inside.numpy()]
+    part[tinted] = ((1 - _TINT) * part[tinted] + _TINT * np.array(colour)).round()
     part[edge] = colour
 
 

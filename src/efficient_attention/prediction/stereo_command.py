@@ -120,7 +120,28 @@ def _find_pairs(options: argparse.Namespace) -> dict[str, _Pair]:
                 f"'{right}' of {other[1]} x {other[0]}"
             )
         pairs[name] = _Pair(left, right, truth, size)
+        if truth is not None:
+            # Whether it can be used shows before hours of work.
+            _read_truth(pairs[name], options.truth_scale)
     return pairs
+
+
+def _read_truth(pair: _Pair, scale: float | None) -> tuple[Tensor, Tensor]:
+    """The true disparity of a pair ``[1, H, W]``, and where it is known."""
+    assert pair.truth is not None
+    try:
+        truth = read_disparity(pair.truth, scale=scale)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--truth must be a true disparity; {error}") from error
+    if tuple(truth.shape) != pair.size:
+        raise InputError(
+            f"--truth must have the size of its views; got '{pair.truth}' of {truth.shape[1]} x {truth.shape[0]} "
+            f"for {pair.size[1]} x {pair.size[0]}"
+        )
+    valid = truth.isfinite() & (truth > 0)
+    if not valid.any():
+        raise InputError(f"--truth must have known pixels; got '{pair.truth}' with none")
+    return truth.where(valid, 0)[None], valid[None]
 
 
 def _calibration(options: argparse.Namespace, pairs: dict[str, _Pair]) -> Calibration | None:
@@ -222,22 +243,9 @@ def _evaluate(
     """Tell the errors of each pair and of all, of the disparities on disk."""
     total = StereoMetrics(max_disparity=None)
     for name, pair in pairs.items():
-        assert pair.truth is not None
-        try:
-            truth = read_disparity(pair.truth, scale=truth_scale)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--truth must be a true disparity; {error}") from error
         disparity = read_pfm(_beside(folder / name, "_disparity.pfm"))
-        if truth.shape != disparity.shape:
-            raise InputError(
-                f"--truth must have the size of its views; got '{pair.truth}' of {truth.shape[1]} x {truth.shape[0]} "
-                f"for {disparity.shape[1]} x {disparity.shape[0]}"
-            )
-        valid = truth.isfinite() & (truth > 0)
         metrics = StereoMetrics(max_disparity=None)
-        metrics.update(disparity[None], truth.where(valid, 0)[None], valid[None])
-        if not valid.any():
-            raise InputError(f"--truth must have known pixels; got '{pair.truth}' with none")
+        metrics.update(disparity[None], *_read_truth(pair, truth_scale))
         report(f"{name}  {_in_words(metrics.compute())}")
         total = total.merge(metrics)
     if pairs:
