@@ -13,7 +13,7 @@ PACKAGE = Path(efficient_attention.__file__).parent
 
 # Each layer may import from the layers above its own line, and from itself.
 LAYERS = [
-    {"errors", "memory", "testing"},
+    {"errors", "files", "memory", "progress", "testing"},
     {"ops"},
     {"modules"},
     {"surgery"},
@@ -23,6 +23,7 @@ LAYERS = [
     {"data", "metrics"},
     {"training"},
     {"benchmark", "visualize"},
+    {"prediction"},
     {"demo"},
     {"cli"},
 ]
@@ -55,6 +56,7 @@ THIRD_PARTY = {
     "metrics": {"faster_coco_eval", "numpy", "pycocotools"},
     "models": {"huggingface_hub", "safetensors", "torchvision"},
     "demo": {"PIL", "numpy", "skimage"},
+    "prediction": {"PIL", "matplotlib", "numpy"},
     "training": {"numpy", "pytorch_lightning"},
     "visualize": {"PIL", "matplotlib", "numpy"},
 }

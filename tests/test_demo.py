@@ -13,9 +13,9 @@ from efficient_attention.demo.costs import Cost, compare, in_words, table
 from efficient_attention.demo.main import rebuild, run
 from efficient_attention.demo.model import Bands, PhotoAttention, fit
 from efficient_attention.demo.photo import bundled_photo, pixels_of, read_photo, shrink, to_image
-from efficient_attention.demo.progress import Progress
 from efficient_attention.errors import InputError
 from efficient_attention.memory import peak_bytes
+from efficient_attention.progress import Progress
 from efficient_attention.visualize import attention_map, drawing, template_maps
 
 Image = pytest.importorskip("PIL.Image")

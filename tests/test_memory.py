@@ -86,3 +86,41 @@ def test_limits_of_control_groups_are_found_in_both_versions(tmp_path, membershi
 
 def test_system_without_control_groups_has_no_limits(tmp_path):
     assert memory._control_group_limits(tmp_path / "nothing", tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("membership", "files"),
+    [
+        (
+            "0::/me\n",
+            {
+                "me/memory.max": "3000",
+                "me/memory.current": "2500",
+                "me/memory.stat": "anon 1900\nactive_file 400\ninactive_file 200\nfile 600",
+                "memory.max": "max",
+            },
+        ),
+        (
+            "4:memory:/a\n",
+            {
+                "memory/a/memory.limit_in_bytes": "3000",
+                "memory/a/memory.usage_in_bytes": "2500",
+                "memory/a/memory.stat": "active_file 1\ntotal_active_file 400\ntotal_inactive_file 200",
+            },
+        ),
+    ],
+)
+def test_room_in_a_control_group_is_what_is_not_used_and_its_caches(tmp_path, membership, files):
+    (tmp_path / "cgroup").write_text(membership)
+    for name, text in files.items():
+        path = tmp_path / "mount" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    # 3000 - 2500 + 400 + 200
+    assert memory._control_group_room(tmp_path / "cgroup", tmp_path / "mount") == [1100]
+
+
+def test_what_is_available_is_there_and_positive():
+    device = torch.device("cpu")
+    assert 0 < memory.available_bytes(device) <= memory.device_bytes(device)
+    assert memory.available_bytes(torch.device("meta")) is None

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import NoReturn
 
 from .errors import InputError
@@ -18,6 +19,7 @@ from .errors import InputError
 __all__ = ["main"]
 
 PROGRAM = "efficient-attention"
+PARTLY_DONE = 1
 USAGE_ERROR = 2
 # 128 + the signal, as shells have it.
 INTERRUPTED = 130
@@ -31,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line, without the program; default: those of this process.
 
     Returns:
-        The exit code: 0; 2 if what the user gave cannot be used, which one line on standard error
-        tells; 130 after Ctrl-C.
+        The exit code: 0; 1 if some of many pictures could not be used, which are named at the end; 2 if what
+        the user gave cannot be used, which one line on standard error tells; 130 after Ctrl-C.
 
     Raises:
         SystemExit: with the exit code, after help or if the command line itself is wrong.
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parse(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (InputError, ImportError) as error:
         print(f"{PROGRAM} {options.command}: error: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -54,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{PROGRAM} {options.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -99,6 +100,20 @@ def _train(options: argparse.Namespace) -> None:
     command.run(options.command, options.arguments)
 
 
+def _predict(options: argparse.Namespace) -> int:
+    try:
+        command = import_module(f".prediction.{options.command}_command", __package__)
+        failures = command.run(options, report=lambda line: print(line, flush=True))
+    except ModuleNotFoundError as error:
+        message = (
+            f"{options.command} needs {error.name}: pip install 'efficient-attention[models,plot]'"
+        )
+        raise ImportError(message) from error
+    for failure in failures:
+        print(f"{PROGRAM} {options.command}: error: {failure}", file=sys.stderr)
+    return PARTLY_DONE if failures else 0
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _build_parser()
     options, rest = parser.parse_known_args(arguments)
@@ -119,7 +134,7 @@ def _build_parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_plan, _add_training):
+    for add in (_add_demo, _add_prediction, _add_plan, _add_training):
         add(commands)
     return parser
 
@@ -157,6 +172,13 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         "--num-heads", type=_integer(1), default=1, metavar="N", help="default: %(default)s"
     )
     parser.add_argument("--json", action="store_true", help="numbers for programs, in bytes")
+
+
+def _add_prediction(commands: argparse._SubParsersAction) -> None:
+    from .prediction.arguments import COMMANDS
+
+    for name, (summary, add_arguments) in COMMANDS.items():
+        add_arguments(_add_command(commands, name, _predict, summary))
 
 
 def _add_training(commands: argparse._SubParsersAction) -> None:
@@ -211,7 +233,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 def _add_command(
     commands: argparse._SubParsersAction,
     name: str,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
     summary: str,
     *,
     add_help: bool = True,

@@ -5,18 +5,16 @@ A map is ``[H, W]`` in pixels, its first row the top one. Writers replace a file
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import replacing
 from .images import decode_image, read_head
 
 __all__ = [
@@ -90,7 +88,7 @@ def write_pfm(
     height, width = image.shape[-2:]
     channels = image if image.dim() == 3 else image.unsqueeze(0)
     pixels = channels.detach().float().cpu().numpy().transpose(1, 2, 0)[::-1]  # [H, W, C]
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(f"{kind}\n{width} {height}\n{scale}.0\n".encode())
         file.write(pixels.astype("<f4" if byte_order == "little" else ">f4").tobytes())
 
@@ -155,7 +153,7 @@ def write_disparity_png(
         )
     numbers = torch.zeros(disparity.shape, dtype=torch.int32, device=disparity.device)
     numbers[valid] = stored.clamp(min=1).int()
-    with _replacing(path) as file:
+    with replacing(path) as file:
         Image.fromarray(numbers.cpu().numpy().astype(np.uint16)).save(file, format="PNG")
 
 
@@ -282,16 +280,3 @@ def _check_png(path: str | Path, mode: str, scale: float | None) -> None:
 def _check_scale(scale: float | None) -> None:
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive; got {scale}")
-
-
-@contextmanager
-def _replacing(path: str | Path) -> Iterator[BinaryIO]:
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-        unfinished.replace(path)
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()

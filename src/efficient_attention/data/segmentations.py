@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["decode_masks", "encode_masks", "segmentation_fault"]
@@ -89,11 +90,16 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
         >>> encode_masks(torch.tensor([[[0, 1], [0, 1]]]))
         [{'size': [2, 2], 'counts': '22'}]
     """
-    from pycocotools import mask
-
-    columns = masks.ne(0).transpose(1, 2).contiguous().cpu()  # [N, W, H]
-    runs = mask.encode(columns.view(torch.uint8).permute(2, 1, 0).numpy())
-    return [{"size": run["size"], "counts": run["counts"].decode("ascii")} for run in runs]
+    height, width = masks.shape[1:]
+    columns = masks.ne(0).transpose(1, 2).flatten(1).cpu()  # [N, W * H]
+    # What stands before the first pixel is background.
+    before = F.pad(columns, (1, 0))[:, :-1]
+    mask_of, position = (columns != before).nonzero().unbind(1)
+    changes = position.split(mask_of.bincount(minlength=len(masks)).tolist())
+    return [
+        {"size": [height, width], "counts": _text_of_changes(change.numpy(), height * width)}
+        for change in changes
+    ]
 
 
 def _fill(runs: np.ndarray, pixels: Tensor) -> None:
@@ -209,6 +215,21 @@ def _parse_runs(text: str) -> np.ndarray | None:
         # Sums along the runs of either colour; the first run stands apart.
         numbers[odd::2] = numbers[odd::2].cumsum()
     return numbers
+
+
+def _text_of_changes(positions: np.ndarray, pixels: int) -> str:
+    """COCO's string, see :func:`_parse_runs`, of where background and foreground follow each other."""
+    runs = np.diff(positions, prepend=0, append=pixels)
+    rest = runs.copy()
+    rest[3:] -= runs[1:-2]
+    digits, there = [], [np.ones(len(runs), dtype=bool)]
+    while there[-1].any():
+        digit, rest = rest & 31, rest >> 5
+        more = rest != np.where(digit & 16, -1, 0)
+        digits.append(digit + 32 * more + 48)
+        there.append(there[-1] & more)
+    characters = np.stack(digits, 1)[np.stack(there[:-1], 1)]
+    return characters.astype(np.uint8).tobytes().decode("ascii")
 
 
 def _brief(thing: object, *, limit: int = 60) -> str:

@@ -15,11 +15,11 @@ from torch import Tensor
 from ..errors import InputError
 from ..memory import peak_bytes
 from ..modules import attend_tiles
+from ..progress import Progress
 from ..visualize import Facts, Panel, attention_map, draw_panels, overlay, template_maps
 from .costs import Cost, compare, in_words, table
 from .model import Bands, PhotoAttention, fit
 from .photo import bundled_photo, pixels_of, read_photo, shrink, to_image
-from .progress import Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
