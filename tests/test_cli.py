@@ -28,6 +28,7 @@ def calls(monkeypatch):
     """What the demo was asked for, instead of doing it."""
     calls = []
     monkeypatch.setattr(demo, "run", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(demo, "show_depth", lambda **options: calls.append(((), options)))
     return calls
 
 
@@ -94,15 +95,17 @@ def test_demo_is_given_every_option(calls):
 
 def test_demo_has_the_defaults_of_its_function(calls):
     assert main(["demo"]) == 0
-    (((image,), options),) = calls
+    ((), depth), ((image,), options) = calls
+    depth.pop("report")
     options.pop("report")
+    assert depth == {"output": "out"}
     assert image is None
     assert options == {"output": "out", "pixel": None, "steps": 400, "seed": 0}
 
 
 def test_demo_reports_on_stdout(monkeypatch, capsys):
     monkeypatch.setattr(demo, "run", lambda *args, report, **options: report("a line"))
-    assert main(["demo"]) == 0
+    assert main(["demo", "a.jpg"]) == 0
     assert capsys.readouterr().out == "a line\n"
 
 
@@ -111,7 +114,7 @@ def test_interrupt_ends_with_130_and_without_a_traceback(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "run", interrupt)
-    assert main(["demo"]) == 130
+    assert main(["demo", "a.jpg"]) == 130
     assert capsys.readouterr().err == "\nefficient-attention demo: interrupted\n"
 
 
@@ -130,7 +133,7 @@ def test_defect_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr(demo, "run", fail)
     with pytest.raises(ValueError, match="a defect"):
-        main(["demo"])
+        main(["demo", "a.jpg"])
 
 
 def test_version_is_that_of_the_package(capsys):

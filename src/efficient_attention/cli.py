@@ -61,13 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _demo(options: argparse.Namespace) -> None:
     from . import demo
 
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    if options.image is None:
+        demo.show_depth(output=options.output, report=report)
+        report("")
     demo.run(
         options.image,
         output=options.output,
         pixel=options.pixel and tuple(options.pixel),
         steps=options.steps,
         seed=options.seed,
-        report=lambda line: print(line, flush=True),
+        report=report,
     )
 
 
@@ -196,16 +202,19 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         commands,
         "demo",
         _demo,
-        "let every pixel of a photo attend to every pixel; measure it, draw it",
+        "see depth in a real pair of pictures; let every pixel of a photo attend to every pixel",
     )
     parser.add_argument(
         "image",
         nargs="?",
         metavar="IMAGE",
-        help="a photo; default: an astronaut, from scikit-image",
+        help="a photo, for the second part alone; default: both, with pictures from scikit-image",
     )
     parser.add_argument(
-        "--output", default="out", metavar="DIR", help="folder for demo.png (default: %(default)s)"
+        "--output",
+        default="out",
+        metavar="DIR",
+        help="folder for depth.png and demo.png (default: %(default)s)",
     )
     parser.add_argument(
         "--pixel",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +15,7 @@ from ..memory import peak_bytes
 from ..modules import attend_tiles
 from ..progress import Progress
 from ..visualize import Facts, Panel, attention_map, draw_panels, overlay, template_maps
+from .conditions import one_thread, telling_of, writable_folder
 from .costs import Cost, compare, in_words, table
 from .model import Bands, PhotoAttention, fit
 from .photo import bundled_photo, pixels_of, read_photo, shrink, to_image
@@ -69,7 +68,7 @@ def run(
 
     Paper: Shen et al. 2021, Sec. 3.2 to 3.4.
     """
-    with _one_thread():
+    with one_thread():
         return _run(image, output, pixel, steps, seed, report)
 
 
@@ -85,7 +84,7 @@ def _run(
     if pixel is None:
         pixel = PHOTO_PIXEL if image is None else (photo.width // 2, photo.height // 2)
     _check_pixel(pixel, photo)
-    folder = _writable_folder(output)
+    folder = writable_folder(output)
     count = photo.width * photo.height
     name = f"{PHOTO} (NASA, public domain)" if image is None else Path(image).name
     report(f"photo    {name}: {photo.width} x {photo.height} = {count:,} pixels")
@@ -111,7 +110,7 @@ def _run(
     facts = [_facts(costs, count)] if view.width < 2.5 * view.height else []
     half = TEMPLATES // 2
     path = folder / "demo.png"
-    with _telling_of(output):
+    with telling_of(output):
         draw_panels(
             path,
             [[*pictures, *facts], templates[:half], templates[half:]],
@@ -133,17 +132,6 @@ def rebuild(model: PhotoAttention, photo: Image) -> Image:
         rebuilt.paste(to_image(model.colours(band)), (0, top))
         top += band.shape[2]
     return rebuilt
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The same sums on any number of cores, and times that compare, on a busy machine too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _fit(model: PhotoAttention, thumbnail: Tensor, steps: int) -> str:
@@ -229,27 +217,6 @@ def _facts(costs: list[Cost], count: int) -> Facts:
         if cost.positions == count
     ]
     return Facts("What that takes, on one CPU thread", lines)
-
-
-def _writable_folder(output: str | Path) -> Path:
-    """Find out before the work, not after it."""
-    folder = Path(output)
-    with _telling_of(output):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    return folder
-
-
-@contextmanager
-def _telling_of(output: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"output must be a folder that can be written to; got '{output}': "
-            f"{error.strerror or error}"
-        ) from error
 
 
 def _check_pixel(pixel: tuple[int, int], photo: Image) -> None:
