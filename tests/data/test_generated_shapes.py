@@ -180,3 +180,17 @@ def test_what_cannot_be_drawn_is_refused(options, message):
 def test_there_are_no_samples_beyond_the_length():
     with pytest.raises(IndexError, match="below 2, the number of samples; got 2"):
         GeneratedShapes(2)[2]
+
+
+def test_of_what_is_in_the_picture_two_fifths_are_seen_of_every_object(monkeypatch):
+    place, counts = GeneratedShapes._place, []
+
+    def counted(self, label, owner, objects, random):
+        patch = place(self, label, owner, objects, random)
+        counts.extend(objects[1:])
+        return patch
+
+    monkeypatch.setattr(GeneratedShapes, "_place", counted)
+    list(GeneratedShapes(10, size=(48, 48), min_objects=20, max_objects=20))
+    # Some are hidden nearly so far, or nothing would be tested.
+    assert 0.4 <= min(pixels.seen / pixels.all for pixels in counts) < 0.5

@@ -42,3 +42,9 @@ def test_workers_get_a_handle_instead_of_a_copy():
     sent = io.BytesIO()
     ForkingPickler(sent).dump(packed)
     assert sent.tell() < 2000
+
+
+def test_items_are_counted_from_either_end():
+    items = ["a", "bc", "def"]
+    packed = Packed(items)
+    assert [packed[i] for i in range(-3, 3)] == items * 2

@@ -151,6 +151,8 @@ def test_a_category_without_objects_does_not_count():
 def test_recall_is_that_of_the_best_detections():
     result = scores(truth((0, 1, A), (0, 1, B)), found((1, 0.9, A), (1, 0.8, B)))
     assert (result.box_ar_1, result.box_ar_10, result.box_ar_100) == (0.5, 1, 1)
+    # Precision is that of a hundred, in every category, too.
+    assert result.box_ap == result.box_ap_by_category["cat"] == 1
 
 
 def test_crowds_are_neither_missed_nor_false():
