@@ -72,6 +72,10 @@ class Task(LightningModule, ABC):
         """How many classes the labels of a data set are of, the background of detection included; None: unknown."""
         return None
 
+    def names(self, dataset: Any) -> list[dict[str, Any]] | None:
+        """What the labels of a data set mean: ``label`` as the network gives it, ``id`` in the data, ``name``."""
+        return None
+
     @abstractmethod
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """The parts of the loss of a batch, by name; training descends on their sum."""
@@ -198,6 +202,10 @@ class Task(LightningModule, ABC):
             raise InputError(
                 f"ckpt_path must hold weights of this network: {' '.join(problems)[:400]}"
             ) from error
+
+    def trained_names(self) -> list[dict[str, Any]] | None:
+        """The names of what the network is trained to tell apart, see :meth:`names`; None: it has none."""
+        return self.names(self._data.dataset("train"))
 
     @property
     def _data(self) -> Data:
