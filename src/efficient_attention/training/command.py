@@ -25,8 +25,9 @@ from .classification import Classification
 from .data import ClassificationData, Data, DetectionData, StereoData
 from .detection import Detection
 from .history import History, provenance
+from .mistakes import in_one_line
 from .predictions import Predictions
-from .progress import progress
+from .progress import Summary, progress
 from .stereo import Stereo
 from .task import Task
 
@@ -42,17 +43,13 @@ _CHECKPOINTS = "checkpoints"
 _KEYWORDS = {"best": BEST, "last": LAST}
 # Options of the classes that a recipe names.
 _IN_A_CLASS = re.compile(r"--(model|data)\.[\w.]+$")
-# What the parser says around the reason.
-_NOISE = re.compile(
-    r"Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
-    r"|Given value type: .*|Given value: .*"
-)
 
 # About Lightning's own code, of which a user can change nothing.
 _WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",
     r"\s*``instantiate_classes`` was deprecated",
     r"\s*By default only one JsonargparseDeprecationWarning",
+    r"The number of training batches .* is smaller than the logging interval",
 )
 
 
@@ -69,7 +66,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
         KeyboardInterrupt: after Ctrl-C.
     """
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_is_no_advertisement)
+        logging.getLogger(name).addFilter(_is_news)
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     try:
@@ -110,6 +107,8 @@ class Command(LightningCLI):
             parser_kwargs={
                 "prog": "efficient-attention",
                 "exit_on_error": False,
+                # What is short for one option today may be for two tomorrow.
+                "allow_abbrev": False,
                 command: {"exit_on_error": False},
             },
         )
@@ -137,7 +136,9 @@ class Command(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and tell of what cannot be parsed in one line."""
-        with _told_in_one_line(argparse.ArgumentError, ValueError, TypeError, OSError):
+        known = [action.dest for action in self._parser(self._command)._actions]
+        mistakes = argparse.ArgumentError, ValueError, TypeError, OSError
+        with _told_in_one_line(*mistakes, options=known):
             self.config = parser.parse_args(_with_nulls(args))
 
     def before_instantiate_classes(self) -> None:
@@ -173,6 +174,8 @@ class Command(LightningCLI):
         options = self.config_init[self._command]
         folder, given = Path(options.output), options.trainer
         callbacks = [progress()] if given.enable_progress_bar is not False else []
+        if given.enable_model_summary is not False:
+            callbacks.append(Summary(folder))
         if self._command == "predict":
             callbacks.append(Predictions(folder / "predictions"))
         self.trainer_defaults["callbacks"] = callbacks
@@ -180,6 +183,8 @@ class Command(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         kwargs = {"logger": self._loggers(folder), "plugins": plugins, **kwargs}
+        # Ours says it shorter.
+        kwargs["enable_model_summary"] = False
         return super().instantiate_trainer(default_root_dir=str(folder), **kwargs)
 
     def before_fit(self) -> None:
@@ -280,19 +285,11 @@ def _with_nulls(arguments: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _told_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
+def _told_in_one_line(*kinds: type[Exception], options: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise InputError(_one_line(str(error))) from error
-
-
-def _one_line(message: str) -> str:
-    lines = (line.strip() for line in message.splitlines())
-    told = " ".join(line.removeprefix("- ") for line in lines if not _NOISE.fullmatch(line))
-    return told.replace(
-        "are required:", "are required, as a recipe (--config recipes/...) has them:"
-    )
+        raise InputError(in_one_line(str(error), options)) from error
 
 
 def _checkpoints(output: str) -> str:
@@ -309,5 +306,6 @@ def _as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless cloud" not in str(record.msg)
+def _is_news(record: logging.LogRecord) -> bool:
+    """Neither an advertisement nor what the machine does not have."""
+    return not re.match(r".*Tip: For seamless cloud|[GT]PU available:", str(record.msg))
