@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         masked,
     )
     from .ops import Context, attend, dot_product_attention, efficient_attention, summarize
-    from .planning import Plan, plan
+    from .planning import Plan, plan  # type: ignore[no-redef] # mypy knows the file plan.py by it
     from .surgery import Report, insert, remove, replace
 
 __version__ = "0.1.0"
