@@ -140,7 +140,7 @@ def _of_pair(place: str, given: str) -> str:
     return told + (f"; got {wrong[0]!r}{_nearest(wrong[0], _PAIR)}" if wrong else "")
 
 
-def _kinds_of(base: type) -> Iterator[type]:
+def _kinds_of(base: Any) -> Iterator[type]:
     """Ours, not those of a program that derives from them."""
     for kind in base.__subclasses__():
         if kind.__module__.startswith(f"{__package__}."):

@@ -129,8 +129,9 @@ def _network(network: Any) -> str:
 
 
 def _dataset(dataset: Any) -> str:
-    plain = type(dataset).__repr__ is object.__repr__
-    return f"{type(dataset).__name__}, {len(dataset)} samples" if plain else repr(dataset)
+    told = repr(dataset)
+    # What every object says of itself.
+    return f"{type(dataset).__name__}, {len(dataset)} samples" if " object at 0x" in told else told
 
 
 def _tell(what: str, text: str) -> None:

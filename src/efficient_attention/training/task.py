@@ -150,8 +150,10 @@ class Task(LightningModule, ABC):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """See that the loss is a number, as often as it is logged: asking more often would make the device wait."""
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
-            losses = {k: v.item() for k, v in self.trainer.callback_metrics.items() if "/loss" in k}
+        trainer: Any = self.trainer
+        every = trainer.log_every_n_steps
+        if every and trainer.global_step % every == 0:
+            losses = {k: v.item() for k, v in trainer.callback_metrics.items() if "/loss" in k}
             if not math.isfinite(losses["train/loss"]):
                 parts = ", ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in losses.items())
                 raise self._diverged(f"the loss must be a number; it is {parts}")
@@ -184,7 +186,10 @@ class Task(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the weights and the optimizer's state are of; weights that are no numbers are not kept."""
-        if not all(weights.isfinite().all() for weights in self.network.parameters()):
+        # Gathered from all processes, which parameters that are shared out are not.
+        weights = checkpoint["state_dict"]
+        trained = [weights[name] for name, _ in self.named_parameters() if name in weights]
+        if not all(tensor.isfinite().all() for tensor in trained):
             raise self._diverged("weights must be numbers to be kept; some are not")
         checkpoint[_CONFIGURATION] = self.network.configuration
         checkpoint[_OPTIMIZER] = type(self._optimizer).__name__
