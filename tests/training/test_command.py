@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import re
+import resource
 import shutil
 
 import pytest
@@ -117,6 +118,7 @@ def history(folder, key):
         (["--checkpoint.every_n_steps", "-1"], ["every_n_steps must not be negative"]),
         (["--ckpt_path", "gone.ckpt"], ["ckpt_path must be a file; got gone.ckpt"]),
         (["--ckpt_path", "recipe.yaml"], ["ckpt_path must be a whole checkpoint", "bytes)"]),
+        (["--output", "recipe.yaml/run"], ["output must be a folder with room", "Not a dir"]),
         (["--colour", "red"], ["the command has no option 'colour'"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value,
@@ -128,7 +130,9 @@ def test_user_errors_are_one_line_and_code_2(arguments, parts, capsys, tmp_path)
     assert line.startswith("efficient-attention fit: error: ")
     assert [part for part in parts if part not in line] == []
     assert "Traceback" not in err
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    # The same command, put right, does not find a run in its place.
+    left = {path.name for path in (tmp_path / "run").glob("*")}
+    assert left <= {"config.yaml"}
 
 
 @pytest.mark.parametrize(
@@ -231,8 +235,23 @@ def test_a_run_is_not_overwritten(run, capsys):
 
 
 def test_the_last_of_no_checkpoints_is_the_beginning(tmp_path):
+    """Also of a run that was killed before it had one."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "history.jsonl").write_text('{"event": "start"}\n')
     assert call("fit", "--ckpt_path", "last", "--trainer.limit_train_batches", "1") == 0
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line(tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert call("fit") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    err = capsys.readouterr().err
+    assert "run/checkpoints/last.ckpt cannot be written: File too large" in err
+    assert "Traceback" not in err
 
 
 def test_the_best_of_no_checkpoints_is_an_error(capsys):

@@ -64,17 +64,29 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a file; see the class."""
+        """Write a file; see the class.
+
+        Raises:
+            OSError: it cannot be written, the disk is full for one; nothing is left of it, and the one before is there.
+        """
         if storage_options is not None:
             raise TypeError("storage_options must be None; files are local")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         incomplete = path.with_name(f".{path.name}.incomplete")
-        with incomplete.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        incomplete.replace(path)
+        try:
+            with incomplete.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            incomplete.replace(path)
+        # torch tells of the end of a file that it could not write, which hides why.
+        except (OSError, RuntimeError) as error:
+            incomplete.unlink(missing_ok=True)
+            cause = _cause(error)
+            if cause is None:
+                raise
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
 
     def load_checkpoint(
         self,
@@ -214,6 +226,12 @@ class Checkpoints(Checkpoint):
         if whole and trainer.global_step != self._saved_step and not trainer.fast_dev_run:
             self._saved_step = trainer.global_step
             trainer.save_checkpoint(self.folder / LAST, weights_only=False)
+
+
+def _cause(error: BaseException | None) -> OSError | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _save_names(pl_module: Any, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
@@ -41,6 +43,8 @@ DATA = (ClassificationData, DetectionData, StereoData)
 TERMINATED = 143
 _CHECKPOINTS = "checkpoints"
 _KEYWORDS = {"best": BEST, "last": LAST}
+# What a disk may say in the middle of a run.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Options of the classes that a recipe names.
 _IN_A_CLASS = re.compile(r"--(model|data)\.[\w.]+$")
 
@@ -70,7 +74,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     try:
-        with _told_in_one_line(MisconfigurationException):
+        with _told_in_one_line(MisconfigurationException), _told_of_disks(*_FULL):
             Command(command, arguments)
     # Lightning ends as if all were done, or with a code of its own.
     except SIGTERMException:
@@ -159,7 +163,7 @@ class Command(LightningCLI):
             # It has all weights: those that the run began with may not even be there any more.
             network.weights, network.weights_prefix, network.weights_into = None, "", ""
             network.ignore = []
-        elif self._begins_a_run() and (folder / History.FILE).exists():
+        elif given is None and self._begins_a_run() and (folder / History.FILE).exists():
             raise InputError(
                 f"output must be a new folder; {folder} holds a run. Add --ckpt_path last to go on with it"
             )
@@ -168,6 +172,9 @@ class Command(LightningCLI):
         """Build, and tell of what cannot be built in one line."""
         with _told_in_one_line(MisconfigurationException, ValueError, TypeError, OSError):
             super().instantiate_classes()
+        folder = Path(self.config_init[self._command].output)
+        with _told_of_disks():
+            folder.mkdir(parents=True, exist_ok=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with our history, checkpoints and progress, and what the user adds."""
@@ -176,6 +183,8 @@ class Command(LightningCLI):
         callbacks = [progress()] if given.enable_progress_bar is not False else []
         if given.enable_model_summary is not False:
             callbacks.append(Summary(folder))
+        if self._command == "fit":
+            callbacks.append(Beginning(options.ckpt_path))
         if self._command == "predict":
             callbacks.append(Predictions(folder / "predictions"))
         self.trainer_defaults["callbacks"] = callbacks
@@ -186,14 +195,6 @@ class Command(LightningCLI):
         # Ours says it shorter.
         kwargs["enable_model_summary"] = False
         return super().instantiate_trainer(default_root_dir=str(folder), **kwargs)
-
-    def before_fit(self) -> None:
-        """Note where a run begins."""
-        for logger in self.trainer.loggers:
-            if isinstance(logger, History):
-                checkpoint = self.config_init.fit.ckpt_path
-                step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
-                logger.add({"event": "start", "step": step, "from": checkpoint, **provenance()})
 
     def after_validate(self) -> None:
         """Note the scores."""
@@ -245,6 +246,24 @@ class Command(LightningCLI):
         )
 
 
+class Beginning(Callback):
+    """Notes in the history that a run begins or goes on; what fails before, by its data for one, has begun nothing.
+
+    Args:
+        checkpoint: from which it goes on.
+    """
+
+    def __init__(self, checkpoint: str | None) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the line."""
+        for logger in trainer.loggers:
+            if isinstance(logger, History):
+                place = {"step": trainer.global_step, "from": self.checkpoint}
+                logger.add({"event": "start", **place, **provenance()})
+
+
 class SaveConfig(SaveConfigCallback):
     """Writes the configuration of a run; of a run that is resumed with another one, beside the first."""
 
@@ -290,6 +309,18 @@ def _told_in_one_line(*kinds: type[Exception], options: Sequence[str] = ()) -> I
         yield
     except kinds as error:
         raise InputError(in_one_line(str(error), options)) from error
+
+
+@contextmanager
+def _told_of_disks(*numbers: int) -> Iterator[None]:
+    """Of errors with these numbers, or of all."""
+    try:
+        yield
+    except OSError as error:
+        if numbers and error.errno not in numbers:
+            raise
+        told = f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+        raise InputError(f"output must be a folder with room; {told}") from error
 
 
 def _checkpoints(output: str) -> str:
