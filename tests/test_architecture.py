@@ -118,10 +118,31 @@ def test_importing_the_package_loads_nothing_heavy():
         "import sys, torch\n"
         "before = set(sys.modules)\n"
         "import efficient_attention, efficient_attention.cli, efficient_attention.visualize\n"
+        "efficient_attention.plan\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "heavy = {'torchvision', 'lightning', 'pytorch_lightning', 'matplotlib', 'triton', 'PIL', 'skimage'}\n"
         "heavy = new & (heavy | {'safetensors', 'huggingface_hub'})\n"
         "assert not heavy, heavy\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(PACKAGE.parent)}
+    )
+
+
+def test_help_of_the_light_commands_does_not_wait_for_torch():
+    code = (
+        "import sys\n"
+        "from efficient_attention.cli import main\n"
+        "for arguments in (['--help'], ['demo', '--help'], ['plan', '--help'], ['dance']):\n"
+        "    try:\n"
+        "        main(arguments)\n"
+        "    except SystemExit as exit_:\n"
+        "        assert exit_.code == 2 * (arguments == ['dance'])\n"
+        "assert 'torch' not in sys.modules\n"
+        "import efficient_attention\n"
+        "assert efficient_attention.ops.efficient_attention is efficient_attention.efficient_attention\n"
+        "assert set(efficient_attention.__all__) <= set(dir(efficient_attention))\n"
+        "assert not hasattr(efficient_attention, 'nothing')\n"
     )
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(PACKAGE.parent)}

@@ -129,6 +129,25 @@ def test_an_image_of_crowds_alone_is_empty(folder):
         coco(folder, keep_empty=False)
 
 
+def test_some_of_the_images_make_a_data_set_of_their_own(folder):
+    """Every image is in one of two shares, with its own objects, in samples and in the ground truth."""
+    named = coco(folder, images=["six.*", "seven.png"])
+    assert [target["image_id"] for _, target in named] == [7, 6]
+    assert len(named.aspect_ratios) == 2
+    parts = [coco(folder, share=share) for share in ((0, 0.67), (0.67, 1))]
+    assert [len(part) for part in parts] == [2, 1]
+    seen = [target for part in parts for _, target in part]
+    assert {target["image_id"] for target in seen} == {5, 6, 7}
+    annotations = [a for part in parts for a in part.ground_truth()["annotations"]]
+    whole = coco(folder).ground_truth()["annotations"]
+    kept = ("image_id", "category_id", "bbox")
+    assert sorted([a[key] for key in kept] for a in annotations) == sorted(
+        [a[key] for key in kept] for a in whole
+    )
+    with pytest.raises(ValueError, match=r"none is 'nine.png'"):
+        coco(folder, images=["nine.png"])
+
+
 def test_ground_truth_keeps_crowds_and_boxes_as_they_are(folder):
     truth = coco(folder).ground_truth()
     assert [image["id"] for image in truth["images"]] == [7, 5, 6]

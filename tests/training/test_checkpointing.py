@@ -1,6 +1,7 @@
 """Checkpoints are whole or not there, the best and the last are kept, and a network comes out."""
 
 import os
+import resource
 import signal
 import sys
 from types import SimpleNamespace
@@ -55,6 +56,21 @@ def test_a_writer_that_is_killed_leaves_the_old_checkpoint(checkpoint):
         _, status = os.waitpid(pid, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL
         assert checkpoint.read_bytes() == before
+
+
+def test_a_disk_that_is_full_leaves_the_old_checkpoint_and_no_part_of_the_new(checkpoint):
+    before = checkpoint.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {**CONTENT, "state_dict": {"weight": torch.zeros(100_000)}}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            AtomicCheckpointIO().save_checkpoint(large, checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == str(checkpoint)
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    assert checkpoint.read_bytes() == before
 
 
 @pytest.mark.parametrize("kept", [0, 10, 400, -1])

@@ -1,8 +1,10 @@
 """The commands do what the recipe and the command line say, and tell what they cannot do in one line."""
 
 import copy
+import functools
 import json
 import re
+import resource
 import shutil
 
 import pytest
@@ -93,8 +95,18 @@ def history(folder, key):
     ("arguments", "parts"),
     [
         (["--config", "nothing.yaml"], ["nothing.yaml"]),
-        (["--model.optimizer.lr", "fast"], ["lr", "fast"]),
-        (["--model.optimiser.lr", "1"], ["optimiser"]),
+        (["--model.optimizer.lr", "fast"], ["model.optimizer.lr: expected float", "got fast"]),
+        (["--model.optimiser.lr", "1"], ["model has no option 'optimiser'", "is 'optimizer'"]),
+        (["--model.optimizer.lrr", "1"], ["model.optimizer has no", "is 'lr'", "SGD has"]),
+        (["--model.network.atention", "none"], ["model.network has no", "is 'attention'"]),
+        (["--model.network.attention", "eficient"], ["model.network.attention", "is 'efficient'"]),
+        (["--model.network.options.widht", "4"], ["got 'widht'; the nearest is 'width'"]),
+        (["--data.train.lenght", "4"], ["data.train has no", "'length'; GeneratedStereo has"]),
+        (["--data.train", "efficient_attention.data.coco.CocoInstance"], ["is 'CocoInstances'"]),
+        (["--model.schedule", "Cosin"], ["['Constant', 'Cosine', 'Steps']", "is 'Cosine'"]),
+        (["--trainer.max_epoch", "1"], ["trainer has no option 'max_epoch'", "is 'max_epochs'"]),
+        (["--trainer.precision", "bf16-mixd"], ["trainer.precision", "is 'bf16-mixed'"]),
+        (["--outptu", "x"], ["the command has no option 'outptu'", "is 'output'"]),
         (["--model.optimizer.lr", "-1"], ["lr must be positive; got -1"]),
         (["--model.network.name", "psmnt"], ["name must be one of", "psmnet", "got 'psmnt'"]),
         (["--model.network.at", "[attic]"], ["at must be among", "volume", "attic"]),
@@ -109,7 +121,8 @@ def history(folder, key):
         (["--checkpoint.every_n_steps", "-1"], ["every_n_steps must not be negative"]),
         (["--ckpt_path", "gone.ckpt"], ["ckpt_path must be a file; got gone.ckpt"]),
         (["--ckpt_path", "recipe.yaml"], ["ckpt_path must be a whole checkpoint", "bytes)"]),
-        (["--colour", "red"], ["--colour"]),
+        (["--output", "recipe.yaml/run"], ["output must be a folder with room", "Not a dir"]),
+        (["--colour", "red"], ["the command has no option 'colour'"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value,
 )
@@ -120,7 +133,34 @@ def test_user_errors_are_one_line_and_code_2(arguments, parts, capsys, tmp_path)
     assert line.startswith("efficient-attention fit: error: ")
     assert [part for part in parts if part not in line] == []
     assert "Traceback" not in err
-    assert not (tmp_path / "run").exists()
+    # The same command, put right, does not find a run in its place.
+    assert not any((tmp_path / "run").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        ("output", "outptu"),
+        ("checkpoint.every_n_steps", "every_n_step"),
+        ("trainer.max_epochs", "max_epoch"),
+        ("model.class_path", "clas_path"),
+        ("model.init_args.optimizer", "optimiser"),
+        ("model.init_args.network.options", "option"),
+        ("model.init_args.optimizer.init_args.lr", "lrr"),
+        ("data.init_args.train", "trian"),
+        ("data.init_args.train.init_args.length", "lenght"),
+    ],
+)
+def test_a_key_that_is_misspelt_in_a_recipe_is_told_with_the_nearest(path, wrong, tmp_path, capsys):
+    recipe = copy.deepcopy(RECIPE)
+    *around, right = path.split(".")
+    node = functools.reduce(dict.__getitem__, around, recipe)
+    node[wrong] = node.pop(right)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert call("fit") == 2
+    err = capsys.readouterr().err
+    assert f"'{wrong}'; the nearest is '{right}'" in err
+    assert err.count("\n") == 1
 
 
 def test_a_command_without_a_recipe_says_what_is_missing(capsys):
@@ -141,7 +181,7 @@ def test_a_class_that_the_network_has_no_number_for_is_an_error(tmp_path, capsys
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(recipe))
     assert call("fit", recipe="other.yaml") == 2
     assert "num_classes must be at least 6 for data.train; got 5" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert not any((tmp_path / "run").glob("*"))
 
 
 @pytest.fixture
@@ -186,7 +226,7 @@ def test_data_that_cannot_be_used_leaves_the_folder_free(pairs, capsys):
         assert call(command) == 2
         told = "data.train cannot be used: 1 of 3 pairs cannot be used; the first: b.pfm must begin"
         assert told in capsys.readouterr().err
-        assert not (pairs / "run").exists()
+        assert not any((pairs / "run").glob("*"))
 
 
 @pytest.mark.parametrize("stage", ["test", "predict"])
@@ -252,8 +292,23 @@ def test_a_run_is_not_overwritten(run, capsys):
 
 
 def test_the_last_of_no_checkpoints_is_the_beginning(tmp_path):
+    """Also of a run that was killed before it had one."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "history.jsonl").write_text('{"event": "start"}\n')
     assert call("fit", "--ckpt_path", "last", "--trainer.limit_train_batches", "1") == 0
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line(tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert call("fit") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    err = capsys.readouterr().err
+    assert "run/checkpoints/last.ckpt cannot be written: File too large" in err
+    assert "Traceback" not in err
 
 
 def test_the_best_of_no_checkpoints_is_an_error(capsys):
@@ -339,6 +394,32 @@ def test_progress_is_told_in_lines_without_a_terminal(tmp_path, capsys):
     out = capsys.readouterr().out
     assert len(re.findall(r"^epoch 0  step \d/3  \S+ s/step  train/loss", out, re.M)) == 3
     assert len(re.findall(r"^epoch 0  val/end_point_error", out, re.M)) == 1
+
+
+def test_what_is_trained_is_told_first_and_where_it_is_last(tmp_path, capsys):
+    summary = ["--trainer.enable_model_summary", "null"]
+    assert call("fit", *summary, "--trainer.accumulate_grad_batches", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"network  psmnet_small, efficient attention at volume; 0\.\d\d M parameters", lines[0]
+    )
+    assert lines[1:4] == [
+        "train    GeneratedStereo, 3 samples",
+        "val      GeneratedStereo, 3 samples",
+        "steps    1 of 3 samples, from 0; 1 x cpu, precision 32-true",
+    ]
+    assert re.fullmatch(r"output   run; best val/end_point_error \S+", lines[-1])
+
+
+def test_a_run_that_diverges_ends_and_keeps_the_checkpoint_before(tmp_path, capsys):
+    steep = ["--model.optimizer.lr", "1e30", "--data.train.length", "4"]
+    assert call("fit", *steep, "--checkpoint.every_n_steps", "0") == 2
+    assert "the loss must be a number; it is loss nan" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert call("fit", *steep, "--output", "kept", "--trainer.log_every_n_steps", "100") == 2
+    assert "weights must be numbers to be kept; some are not at step" in capsys.readouterr().err
+    last = tmp_path / "kept" / "checkpoints" / "last.ckpt"
+    assert all(weights.isfinite().all() for weights in torch.load(last)["state_dict"].values())
 
 
 def test_tensorboard_is_an_option(tmp_path):

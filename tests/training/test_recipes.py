@@ -1,5 +1,6 @@
 """Every recipe can be read, and says what the paper says."""
 
+import json
 import re
 import shlex
 import shutil
@@ -141,6 +142,12 @@ def test_small_recipes_train(task, tmp_path, monkeypatch):
     sizes = ["--data.batch_size", "1", "--data.eval_batch_size", "1", "--trainer.max_epochs", "1"]
     assert main(["fit", "--config", "recipe.yaml", "--output", "run", *few, *sizes]) == 0
     assert (tmp_path / "run" / "network" / "model.safetensors").exists()
+    names = tmp_path / "run" / "network" / "classes.json"
+    if task == "psmnet":
+        assert not names.exists()
+    else:
+        first = int(task == "mask_rcnn")
+        assert json.loads(names.read_text())[0] == {"label": first, "id": first, "name": "ellipse"}
 
 
 @pytest.mark.parametrize(("piece", "recipe"), PIECES, ids=range(len(PIECES)))

@@ -194,6 +194,18 @@ def test_detections_are_written_with_the_ids_that_came_with_the_data(
     }
 
 
+def test_what_labels_mean_is_known_from_the_data(detector):
+    data = SimpleNamespace(categories=[Category(1, 17, "cat"), Category(2, 90, "dog")])
+    assert detector.names(data)[1] == {"label": 2, "id": 90, "name": "dog"}
+    classifier = Classification(Built(Given(None)), **LEARNING)
+    assert classifier.names(SimpleNamespace(classes=("n01", "n02")))[1] == {
+        "label": 1,
+        "id": 1,
+        "name": "n02",
+    }
+    assert classifier.names(object()) is detector.names(object()) is None
+
+
 def test_a_plain_checkpoint_goes_into_the_part_that_it_is_of(tmp_path):
     classifier = create_model("resnet_small", "none", num_classes=3)
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")

@@ -6,7 +6,7 @@ Paper: Sec. 4 trains and evaluates on MS-COCO 2017.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from .draws import Draw, as_draw, reproducibly
 from .images import read_pixels
 from .packing import Packed
 from .segmentations import decode_masks
+from .selection import selected
 
 __all__ = ["Category", "CocoInstances"]
 
@@ -83,6 +84,10 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
             not unique. An ``area`` that cannot be is counted anew, with a warning.
         masks: off, segmentations are neither needed nor decoded.
         keep_empty: off, images without a target are left out.
+        images: names of the images to take, or patterns as in a shell, by ``file_name``; default: all. The json is
+            checked as a whole.
+        share: of these, from where to where, as parts of 1: with ``[0, 0.8]`` in one data set and ``[0.8, 1]`` in
+            another no image is in both; see :func:`~efficient_attention.data.selection.selected`.
         max_side: images with a longer side are scaled down to it in the worker, with their masks. A network that scales
             images itself needs this only for very large ones: a mask is a byte a pixel, and float32 where it is scaled.
         augment: takes and returns ``(image, target)``, uint8 and with ``boxes`` and ``masks`` as torchvision's
@@ -118,6 +123,8 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
         on_bad: Literal["error", "drop"] = "error",
         masks: bool = True,
         keep_empty: bool = True,
+        images: Sequence[str] | None = None,
+        share: tuple[float, float] | None = None,
         max_side: int | None = None,
         augment: Callable[[Any, Target], tuple[Any, Target]] | None = None,
     ) -> None:
@@ -141,7 +148,9 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
         )
         # What follows is the only holder of what the json held, and gives it up image by image.
         del content
-        self._records, ratios = self._pack(checked, keep_empty)
+        sound = (image["file_name"] for image in checked.images.values())
+        chosen = selected(sound, patterns=images, share=share)
+        self._records, ratios = self._pack(checked, keep_empty, chosen)
         if not ratios:
             raise ValueError(f"{self.annotation_file} has no image that can be used")
         self.aspect_ratios = torch.tensor(ratios, dtype=torch.float64)
@@ -206,13 +215,17 @@ class CocoInstances(Dataset[tuple[Tensor, Target]]):
             f"{len(self.categories)} categories, {sum(crowds)} crowds: '{self.annotation_file}')"
         )
 
-    def _pack(self, checked: Checked, keep_empty: bool) -> tuple[Packed[_Record], list[float]]:
+    def _pack(
+        self, checked: Checked, keep_empty: bool, chosen: set[str]
+    ) -> tuple[Packed[_Record], list[float]]:
         labels = {category.id: category.label for category in self.categories}
         ratios = []
 
         def records() -> Iterator[_Record]:
             for number, image in checked.images.items():
                 annotations = checked.annotations.pop(number)
+                if image["file_name"] not in chosen:
+                    continue
                 record = _record(image, annotations, labels, self.masks)
                 if keep_empty or not all(instance.crowd for instance in record.instances):
                     ratios.append(record.width / record.height)

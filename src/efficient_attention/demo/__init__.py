@@ -1,6 +1,4 @@
-"""The demonstration, on a CPU: depth by a network that ships with the package, and a photograph whose every pixel
-attends to every pixel.
-"""
+"""The demonstration, on a CPU: depth in a pair of photographs, and a photograph that attends to itself."""
 
 from .depth import run as show_depth
 from .main import run

@@ -1,6 +1,4 @@
-"""Depth from two photographs: the network that ships with the package sees a scene that it never saw, and shows what
-its attention attends to.
-"""
+"""Depth in a pair of photographs that the network of this package never saw, and what its attention attends to."""
 
 from __future__ import annotations
 
@@ -52,14 +50,12 @@ class Attended(NamedTuple):
     Attributes:
         positions: of the volume, which attend to each other.
         maps: ``[dk, h, w]``, the template maps summed over disparities.
-        disparities: ``[dk]``, the mean disparity of what each template attends to, in pixels.
         shares: ``[dk]``, how much the queries of a head ask for each of its templates.
         cost: of the attention alone.
     """
 
     positions: int
     maps: Tensor
-    disparities: Tensor
     shares: Tensor
     cost: Cost
 
@@ -177,14 +173,7 @@ def _attended(network: Any, attention: EfficientAttention3d, pair: Pair) -> Atte
         queries = attention.queries(volume)[0].unflatten(0, (attention.num_heads, -1))
         shares = queries.softmax(1).mean((2, 3, 4)).flatten()  # [dk]
         cost = measure("efficient", volume[0, 0].numel(), lambda: attention(volume))
-    levels = torch.arange(maps.shape[1], dtype=maps.dtype) * 4 + 1.5
-    return Attended(
-        positions=volume[0, 0].numel(),
-        maps=maps.sum(1),
-        disparities=(maps.sum((2, 3)) * levels).sum(1),
-        shares=shares,
-        cost=cost,
-    )
+    return Attended(volume[0, 0].numel(), maps.sum(1), shares, cost)
 
 
 def _pictures(disparity: Tensor, pair: Pair) -> list[Panel]:
@@ -197,7 +186,7 @@ def _pictures(disparity: Tensor, pair: Pair) -> list[Panel]:
     return [
         Panel(pair.left.permute(1, 2, 0), "Left of two views"),
         Panel(ours, "Disparity, predicted"),
-        Panel(theirs, "Disparity, measured; black: unknown"),
+        Panel(theirs, "Disparity, measured"),
         Panel(overlay(error, quantile=1.0), f"Error; brightest: {LARGE_ERROR} px or more"),
     ]
 
@@ -207,9 +196,9 @@ def _templates(attended: Attended, pair: Pair) -> list[Panel]:
     height, width = pair.disparity.shape
     # The network pads at the top and at the right.
     rows, columns = -(-height // 4), -(-width // 4)
-    panels = []
-    for t in attended.shares.argsort(descending=True)[:TEMPLATES].tolist():
-        heat = attended.maps[t, -rows:, :columns]
-        caption = f"A template: attends at {attended.disparities[t]:.0f} px"
-        panels.append(Panel(overlay(heat, pair.left), caption))
-    return panels
+    maps = attended.maps[:, -rows:, :columns]
+    most = attended.shares.argsort(descending=True)[:TEMPLATES].tolist()
+    return [
+        Panel(overlay(maps[t], pair.left), f"Template {i}: {attended.shares[t]:.0%} of queries")
+        for i, t in enumerate(most, start=1)
+    ]

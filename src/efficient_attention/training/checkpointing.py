@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..models import create_model, load_checkpoint
 
 __all__ = ["AtomicCheckpointIO", "Checkpoints", "read_checkpoint"]
 
-BEST, LAST, NETWORK = "best.ckpt", "last.ckpt", "network"
+BEST, LAST, NETWORK, CLASSES = "best.ckpt", "last.ckpt", "network", "classes.json"
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -63,17 +64,29 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a file; see the class."""
+        """Write a file; see the class.
+
+        Raises:
+            OSError: it cannot be written, the disk is full for one; nothing is left of it, and the one before is there.
+        """
         if storage_options is not None:
             raise TypeError("storage_options must be None; files are local")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         incomplete = path.with_name(f".{path.name}.incomplete")
-        with incomplete.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        incomplete.replace(path)
+        try:
+            with incomplete.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            incomplete.replace(path)
+        # torch tells of the end of a file that it could not write, which hides why.
+        except (OSError, RuntimeError) as error:
+            incomplete.unlink(missing_ok=True)
+            cause = _cause(error)
+            if cause is None:
+                raise
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
 
     def load_checkpoint(
         self,
@@ -95,7 +108,11 @@ class Checkpoints(Checkpoint):
     The last one is written at the end of every epoch (under ``max_steps``, of every validation and of the run), inside
     it every so many steps, and when the run is sent SIGTERM; the best one when validation has found a better value than
     ever before. When training ends, the network with the best weights (the last, without validation) is written to the
-    folder ``network`` beside theirs, as ``save_pretrained`` does.
+    folder ``network`` beside theirs, as ``save_pretrained`` does, and with it ``classes.json``, what its labels mean::
+
+        [{"label": 1, "id": 18, "name": "dog"}, ...]
+
+    where ``label`` is the network's number and ``id`` that of the training data.
 
     Args:
         folder: where they are.
@@ -187,6 +204,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero and not trainer.fast_dev_run and origin and network is not None:
             best = create_model(**network.configuration)
             load_checkpoint(best, read_checkpoint(origin), prefix="network.")
+            _save_names(pl_module, self.folder.parent / NETWORK)
             best.save_pretrained(self.folder.parent / NETWORK)
 
     def _is_best(self, trainer: Any) -> bool:
@@ -208,6 +226,21 @@ class Checkpoints(Checkpoint):
         if whole and trainer.global_step != self._saved_step and not trainer.fast_dev_run:
             self._saved_step = trainer.global_step
             trainer.save_checkpoint(self.folder / LAST, weights_only=False)
+
+
+def _cause(error: BaseException | None) -> OSError | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def _save_names(pl_module: Any, folder: Path) -> None:
+    names = pl_module.trained_names() if hasattr(pl_module, "trained_names") else None
+    if names is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        incomplete = folder / f".{CLASSES}.incomplete"
+        incomplete.write_text(json.dumps(names, indent=1) + "\n")
+        incomplete.replace(folder / CLASSES)
 
 
 def _is_validated_now(trainer: Any) -> bool:

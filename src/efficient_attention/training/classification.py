@@ -56,6 +56,12 @@ class Classification(Task):
         """As the data set names them."""
         return len(dataset.classes) if hasattr(dataset, "classes") else None
 
+    def names(self, dataset: Any) -> list[dict[str, Any]] | None:
+        """The classes, whose ids are their labels."""
+        if not hasattr(dataset, "classes"):
+            return None
+        return [{"label": i, "id": i, "name": str(name)} for i, name in enumerate(dataset.classes)]
+
     def losses(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """The cross-entropy."""
         images, labels = batch  # [B, 3, H, W], [B]

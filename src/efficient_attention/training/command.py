@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer, seed_everything
-from pytorch_lightning.callbacks import LambdaCallback
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
@@ -26,8 +27,9 @@ from .classification import Classification
 from .data import ClassificationData, Data, DetectionData, StereoData
 from .detection import Detection
 from .history import History, provenance
+from .mistakes import in_one_line
 from .predictions import Predictions
-from .progress import progress
+from .progress import Summary, progress
 from .stereo import Stereo
 from .task import Task
 
@@ -41,19 +43,17 @@ DATA = (ClassificationData, DetectionData, StereoData)
 TERMINATED = 143
 _CHECKPOINTS = "checkpoints"
 _KEYWORDS = {"best": BEST, "last": LAST}
+# What a disk may say in the middle of a run.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Options of the classes that a recipe names.
 _IN_A_CLASS = re.compile(r"--(model|data)\.[\w.]+$")
-# What the parser says around the reason.
-_NOISE = re.compile(
-    r"Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>"
-    r"|Given value type: .*|Given value: .*"
-)
 
 # About Lightning's own code, of which a user can change nothing.
 _WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",
     r"\s*``instantiate_classes`` was deprecated",
     r"\s*By default only one JsonargparseDeprecationWarning",
+    r"The number of training batches .* is smaller than the logging interval",
 )
 
 
@@ -70,11 +70,11 @@ def run(command: str, arguments: Sequence[str]) -> None:
         KeyboardInterrupt: after Ctrl-C.
     """
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_is_no_advertisement)
+        logging.getLogger(name).addFilter(_is_news)
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     try:
-        with _told_in_one_line(MisconfigurationException):
+        with _told_in_one_line(MisconfigurationException), _told_of_disks(*_FULL):
             Command(command, arguments)
     except InputError as error:
         raise InputError(_said_first(error)) from error
@@ -113,6 +113,8 @@ class Command(LightningCLI):
             parser_kwargs={
                 "prog": "efficient-attention",
                 "exit_on_error": False,
+                # What is short for one option today may be for two tomorrow.
+                "allow_abbrev": False,
                 command: {"exit_on_error": False},
             },
         )
@@ -140,7 +142,9 @@ class Command(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and tell of what cannot be parsed in one line."""
-        with _told_in_one_line(argparse.ArgumentError, ValueError, TypeError, OSError):
+        known = [action.dest for action in self._parser(self._command)._actions]
+        mistakes = argparse.ArgumentError, ValueError, TypeError, OSError
+        with _told_in_one_line(*mistakes, options=known):
             self.config = parser.parse_args(_with_nulls(args))
 
     def before_instantiate_classes(self) -> None:
@@ -161,7 +165,7 @@ class Command(LightningCLI):
             # It has all weights: those that the run began with may not even be there any more.
             network.weights, network.weights_prefix, network.weights_into = None, "", ""
             network.ignore = []
-        elif self._begins_a_run() and (folder / History.FILE).exists():
+        elif given is None and self._begins_a_run() and (folder / History.FILE).exists():
             raise InputError(
                 f"output must be a new folder; {folder} holds a run. Add --ckpt_path last to go on with it"
             )
@@ -170,13 +174,19 @@ class Command(LightningCLI):
         """Build, and tell of what cannot be built in one line."""
         with _told_in_one_line(MisconfigurationException, ValueError, TypeError, OSError):
             super().instantiate_classes()
+        folder = Path(self.config_init[self._command].output)
+        with _told_of_disks():
+            folder.mkdir(parents=True, exist_ok=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with our history, checkpoints and progress, and what the user adds."""
         options = self.config_init[self._command]
         folder, given = Path(options.output), options.trainer
         callbacks = [progress()] if given.enable_progress_bar is not False else []
-        callbacks.append(LambdaCallback(on_fit_start=self._note_start))
+        if given.enable_model_summary is not False:
+            callbacks.append(Summary(folder))
+        if self._command == "fit":
+            callbacks.append(Beginning(options.ckpt_path))
         if self._command == "predict":
             callbacks.append(Predictions(folder / "predictions"))
         self.trainer_defaults["callbacks"] = callbacks
@@ -184,6 +194,8 @@ class Command(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         kwargs = {"logger": self._loggers(folder), "plugins": plugins, **kwargs}
+        # Ours says it shorter.
+        kwargs["enable_model_summary"] = False
         return super().instantiate_trainer(default_root_dir=str(folder), **kwargs)
 
     def after_validate(self) -> None:
@@ -229,19 +241,29 @@ class Command(LightningCLI):
             )
         return own + ([] if given is True else _as_list(given))
 
-    def _note_start(self, trainer: Trainer, _: LightningModule) -> None:
-        """Note where a run begins, now that there is data for it: what could not begin leaves nothing behind."""
-        for logger in trainer.loggers:
-            if isinstance(logger, History):
-                checkpoint = self.config_init.fit.ckpt_path
-                step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
-                logger.add({"event": "start", "step": step, "from": checkpoint, **provenance()})
-
     def _note_scores(self) -> None:
         options = self.config_init[self._command]
         History(Path(options.output), f"{self._command}.jsonl").add(
             {"from": options.ckpt_path, **self.model.scores, **provenance()}
         )
+
+
+class Beginning(Callback):
+    """Notes in the history that a run begins or goes on; what fails before, by its data for one, has begun nothing.
+
+    Args:
+        checkpoint: from which it goes on.
+    """
+
+    def __init__(self, checkpoint: str | None) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the line."""
+        for logger in trainer.loggers:
+            if isinstance(logger, History):
+                place = {"step": trainer.global_step, "from": self.checkpoint}
+                logger.add({"event": "start", **place, **provenance()})
 
 
 class SaveConfig(SaveConfigCallback):
@@ -289,11 +311,11 @@ def _with_nulls(arguments: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _told_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
+def _told_in_one_line(*kinds: type[Exception], options: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise InputError(_one_line(str(error))) from error
+        raise InputError(in_one_line(str(error), options)) from error
 
 
 def _said_first(error: InputError) -> str:
@@ -301,12 +323,16 @@ def _said_first(error: InputError) -> str:
     return str(error).rpartition(f"{InputError.__module__}.{InputError.__name__}: ")[2].strip()
 
 
-def _one_line(message: str) -> str:
-    lines = (line.strip() for line in message.splitlines())
-    told = " ".join(line.removeprefix("- ") for line in lines if not _NOISE.fullmatch(line))
-    return told.replace(
-        "are required:", "are required, as a recipe (--config recipes/...) has them:"
-    )
+@contextmanager
+def _told_of_disks(*numbers: int) -> Iterator[None]:
+    """Of errors with these numbers, or of all."""
+    try:
+        yield
+    except OSError as error:
+        if numbers and error.errno not in numbers:
+            raise
+        told = f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+        raise InputError(f"output must be a folder with room; {told}") from error
 
 
 def _checkpoints(output: str) -> str:
@@ -323,5 +349,6 @@ def _as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless cloud" not in str(record.msg)
+def _is_news(record: logging.LogRecord) -> bool:
+    """Neither an advertisement nor what the machine does not have."""
+    return not re.match(r".*Tip: For seamless cloud|[GT]PU available:", str(record.msg))

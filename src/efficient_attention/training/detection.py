@@ -54,6 +54,11 @@ class Detection(Task):
         """The categories of the data set, and the background."""
         return getattr(dataset, "num_classes", None)
 
+    def names(self, dataset: Any) -> list[dict[str, Any]] | None:
+        """The categories, with the ids of the json."""
+        categories = getattr(dataset, "categories", None)
+        return None if categories is None else [category._asdict() for category in categories]
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Those of the proposals and of the heads."""
         images, targets = batch

@@ -72,6 +72,10 @@ class Task(LightningModule, ABC):
         """How many classes the labels of a data set are of, the background of detection included; None: unknown."""
         return None
 
+    def names(self, dataset: Any) -> list[dict[str, Any]] | None:
+        """What the labels of a data set mean: ``label`` as the network gives it, ``id`` in the data, ``name``."""
+        return None
+
     @abstractmethod
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """The parts of the loss of a batch, by name; training descends on their sum."""
@@ -144,6 +148,16 @@ class Task(LightningModule, ABC):
         """Start the random numbers of a step from its place alone."""
         torch.manual_seed(seed_of(self.seed, self.current_epoch, batch_idx, self.global_rank))
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """See that the loss is a number, as often as it is logged: asking more often would make the device wait."""
+        trainer: Any = self.trainer
+        every = trainer.log_every_n_steps
+        if every and trainer.global_step % every == 0:
+            losses = {k: v.item() for k, v in trainer.callback_metrics.items() if "/loss" in k}
+            if not math.isfinite(losses["train/loss"]):
+                parts = ", ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in losses.items())
+                raise self._diverged(f"the loss must be a number; it is {parts}")
+
     def configure_optimizers(self) -> Any:
         """The optimizer, and the learning rate of every step."""
         optimizer = self._optimizer.build(self.network)
@@ -171,7 +185,12 @@ class Task(LightningModule, ABC):
         self._sharded = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the weights and the optimizer's state are of."""
+        """Note what the weights and the optimizer's state are of; weights that are no numbers are not kept."""
+        # Gathered from all processes, which parameters that are shared out are not.
+        weights = checkpoint["state_dict"]
+        trained = [weights[name] for name, _ in self.named_parameters() if name in weights]
+        if not all(tensor.isfinite().all() for tensor in trained):
+            raise self._diverged("weights must be numbers to be kept; some are not")
         checkpoint[_CONFIGURATION] = self.network.configuration
         checkpoint[_OPTIMIZER] = type(self._optimizer).__name__
 
@@ -199,6 +218,10 @@ class Task(LightningModule, ABC):
                 f"ckpt_path must hold weights of this network: {' '.join(problems)[:400]}"
             ) from error
 
+    def trained_names(self) -> list[dict[str, Any]] | None:
+        """The names of what the network is trained to tell apart, see :meth:`names`; None: it has none."""
+        return self.names(self._data.dataset("train"))
+
     @property
     def _data(self) -> Data:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -218,6 +241,13 @@ class Task(LightningModule, ABC):
         values = {f"{stage}/{k}": v for k, v in self.scores.items() if isinstance(v, int | float)}
         # They are the same on all processes: their largest is what they are, to the bit.
         self.log_dict(values, batch_size=1, sync_dist=True, reduce_fx="max")
+
+    def _diverged(self, what: str) -> InputError:
+        step = self.trainer.global_step
+        return InputError(
+            f"{what} at step {step}. Go on from the checkpoint before it, --ckpt_path last, with a smaller "
+            "model.optimizer.lr, a longer model.schedule.warmup_steps or with trainer.gradient_clip_val"
+        )
 
     def _check_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
         theirs, ours = checkpoint.get(_OPTIMIZER), type(self._optimizer).__name__
