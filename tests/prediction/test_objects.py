@@ -11,7 +11,7 @@ from efficient_attention.data.segmentations import decode_masks, encode_masks
 from efficient_attention.errors import InputError
 from efficient_attention.prediction import FoundObjects, draw_objects, predict_objects
 from efficient_attention.prediction import objects as module
-from efficient_attention.prediction.class_names import read_class_names
+from efficient_attention.prediction.class_names import find_class_names, read_class_names
 from efficient_attention.prediction.objects import coco_results
 
 pytest.importorskip("torchvision")
@@ -168,6 +168,20 @@ def test_lines_are_labels(write):
 def test_classes_that_do_not_fit_are_told(write, content, name, expected):
     with pytest.raises(InputError, match=expected):
         read_class_names(write(content, name), 4, background=True)
+
+
+def test_names_come_from_beside_the_network_unless_a_file_is_given(tmp_path):
+    run, own = tmp_path / "network", tmp_path / "own.txt"
+    run.mkdir()
+    entries = [{"label": 2, "id": 90, "name": "zebra"}, {"label": 1, "id": 18, "name": "dog"}]
+    (run / "classes.json").write_text(json.dumps(entries))
+    own.write_text("cat\nhen\n")
+    found = find_class_names(None, run, 3, background=True)
+    assert (found.names, found.ids) == ({1: "dog", 2: "zebra"}, {1: 18, 2: 90})
+    assert find_class_names(own, run, 3, background=True).names == {1: "cat", 2: "hen"}
+    assert find_class_names(None, tmp_path, 3, background=True).names == {}
+    with pytest.raises(InputError, match=r"the network's 1 classes; .* has labels from 1 to 2"):
+        find_class_names(None, run, 2, background=True)
 
 
 def test_classes_that_are_not_there_are_told(tmp_path):

@@ -1,4 +1,4 @@
-"""What the numbers that a network gives mean: names of classes, and the ids of a COCO json."""
+"""What the numbers that a network gives mean: names of classes, and the ids of the data that it learned from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 
-__all__ = ["ClassNames", "read_class_names"]
+__all__ = ["ClassNames", "find_class_names", "number_of_labels", "read_class_names"]
 
 # What torchvision's lists of names call the label 0 of a detector.
 _BACKGROUND = "__background__"
+# What a run leaves beside its network.
+_BESIDE = "classes.json"
 
 
 class ClassNames(NamedTuple):
@@ -28,13 +30,38 @@ class ClassNames(NamedTuple):
     images: dict[str, int]
 
 
+def find_class_names(
+    given: str | Path | None, network: str | Path | None, labels: int, *, background: bool
+) -> ClassNames:
+    """The names in a file that is given, or else those that a run left beside its network, if any.
+
+    Args:
+        given: see :func:`read_class_names`.
+        network: the folder of the network; None, or a repository: there is nothing beside it.
+        labels: see :func:`read_class_names`.
+        background: see there.
+
+    Raises:
+        InputError: as :func:`read_class_names`.
+
+    Example:
+        >>> entries = [{"label": 1, "id": 18, "name": "dog"}]
+        >>> _ = Path(folder, "classes.json").write_text(json.dumps(entries))
+        >>> find_class_names(None, folder, 2, background=True).ids
+        {1: 18}
+    """
+    if given is None and network is not None and Path(network, _BESIDE).is_file():
+        given = Path(network, _BESIDE)
+    return read_class_names(given, labels, background=background)
+
+
 def read_class_names(path: str | Path | None, labels: int, *, background: bool) -> ClassNames:
-    r"""Read the names of classes from a json as COCO has it, or from a text with a name a line.
+    r"""Read the names of classes from a json as COCO has it or as a run writes it, or from a text with a name a line.
 
     The categories of a json have labels without gaps in the order of their ids, as in training here; but where a
     detector has a label for every id up to the highest, as torchvision's of 91 labels for the 80 categories of COCO,
-    the labels are the ids. The lines of a text count from the first label on; a detector's may begin with
-    ``__background__``.
+    the labels are the ids. A run's json has label, id and name of each. The lines of a text count from the first label
+    on; a detector's may begin with ``__background__``.
 
     Args:
         path: the file; None: no names.
@@ -71,24 +98,35 @@ def read_class_names(path: str | Path | None, labels: int, *, background: bool) 
 def _of_json(text: str, path: str | Path, labels: int, first: int) -> ClassNames:
     try:
         content = json.loads(text)
-        categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
-        images = {str(i["file_name"]): int(i["id"]) for i in content.get("images", ())}
+        if isinstance(content, list) and content:
+            ids = {int(entry["label"]): int(entry["id"]) for entry in content}
+            names = {int(entry["label"]): str(entry["name"]) for entry in content}
+            images = {}
+        else:
+            categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
+            distinct = len(categories) == len(content["categories"])
+            images = {str(i["file_name"]): int(i["id"]) for i in content.get("images", ())}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            "--classes must be a json with categories that have an id and a name, as COCO has it; "
+            "--classes must be a json with categories that have an id and a name, as COCO has it, or a run's; "
             f"got '{path}': {type(error).__name__}: {error}"
         ) from error
-    ids = [id_ for id_, _ in categories]
-    if len(set(ids)) != len(ids):
+    if isinstance(content, list):
+        if not set(ids) <= set(range(first, labels)):
+            raise _wrong_count(path, f"labels from {min(ids)} to {max(ids)}", labels - first)
+        return ClassNames(names, ids, images)
+    if not distinct:
         raise InputError(f"--classes must have categories of different ids; got '{path}'")
+    ids = _ids_of_labels(sorted(categories), path, labels, first)
+    return ClassNames({label: categories[id_] for label, id_ in ids.items()}, ids, images)
+
+
+def _ids_of_labels(ids: list[int], path: str | Path, labels: int, first: int) -> dict[int, int]:
     if len(ids) == labels - first:
-        of_label = dict(enumerate(ids, first))
-    elif first and ids and min(ids) > 0 and max(ids) == labels - 1:
-        of_label = {id_: id_ for id_ in ids}
-    else:
-        raise _wrong_count(path, f"{len(ids)} categories", labels - first)
-    names = dict(categories)
-    return ClassNames({label: names[id_] for label, id_ in of_label.items()}, of_label, images)
+        return dict(enumerate(ids, first))
+    if first and ids and ids[0] > 0 and ids[-1] == labels - 1:
+        return {id_: id_ for id_ in ids}
+    raise _wrong_count(path, f"{len(ids)} categories", labels - first)
 
 
 def _wrong_count(path: str | Path, got: str, classes: int) -> Exception:

@@ -13,7 +13,7 @@ from typing import Any
 from .. import __version__
 from ..errors import InputError
 from ..files import replacing
-from .class_names import number_of_labels, read_class_names
+from .class_names import find_class_names, number_of_labels
 from .classes import predict_classes
 from .forward import DTYPES, check_memory, find_device, pictures_like
 from .journal import Journal
@@ -51,7 +51,9 @@ def run(options: argparse.Namespace, report: Callable[[str], None]) -> list[str]
         prefix=options.prefix,
         options=options.options,
     ).to(find_device(options.device))
-    classes = read_class_names(options.classes, number_of_labels(network), background=False)
+    classes = find_class_names(
+        options.classes, options.network, number_of_labels(network), background=False
+    )
     dtype, top = DTYPES[options.dtype], min(options.top, number_of_labels(network))
     check_memory(
         network,

@@ -14,7 +14,7 @@ import torch
 from .. import __version__
 from ..errors import InputError
 from ..files import replacing
-from .class_names import ClassNames, number_of_labels, read_class_names
+from .class_names import ClassNames, find_class_names, number_of_labels
 from .forward import DTYPES, check_memory, find_device
 from .journal import Journal
 from .networks import digest, load_network
@@ -54,7 +54,9 @@ def run(options: argparse.Namespace, report: Callable[[str], None]) -> list[str]
         prefix=options.prefix,
         options=options.options,
     ).to(find_device(options.device))
-    classes = read_class_names(options.classes, number_of_labels(network), background=True)
+    classes = find_class_names(
+        options.classes, options.network, number_of_labels(network), background=True
+    )
     dtype = DTYPES[options.dtype]
     _check_memory(network, sizes, dtype)
 
