@@ -1,7 +1,13 @@
 """State that every test starts from: a seed, one precision, and memory that is poisoned where it is not written."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Has to be known before anything imports triton, whose kernels then run on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
