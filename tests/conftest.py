@@ -5,7 +5,10 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # Without it cuBLAS refuses deterministic algorithms.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     # Has to be known before anything imports triton, whose kernels then run on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
