@@ -1,7 +1,16 @@
 """State that every test starts from: a seed, one precision, and memory that is poisoned where it is not written."""
 
+import os
+
 import pytest
 import torch
+
+if torch.cuda.is_available():
+    # Without it cuBLAS refuses deterministic algorithms.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
+    # Has to be known before anything imports triton, whose kernels then run on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

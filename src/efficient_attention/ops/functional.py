@@ -5,8 +5,6 @@ Shapes: B batch, H heads, N queries, M keys, Dk key channels, Dv value channels.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +27,9 @@ from .precision import DTYPES, accumulation_dtype, autocast_is_on
 __all__ = ["attend", "dot_product_attention", "efficient_attention", "summarize"]
 
 NORMALIZATIONS = ("softmax", "scaling")
-BACKENDS = ("auto", "reference", "blocked")
+BACKENDS = ("auto", "reference", "blocked", "triton")
+# They have one order, the linear one.
+LINEAR_BACKENDS = ("blocked", "triton")
 
 
 def efficient_attention(
@@ -59,8 +59,9 @@ def efficient_attention(
         order: ``"linear"``, ``"quadratic"`` (``(rho_q(Q) rho_k(K)^T) V``, the same values, cheaper for fewer than
             about ``2 Dk Dv / (Dk + Dv)`` positions) or ``"auto"``: the one with fewer multiply-adds. A program that
             is compiled, exported or traced serves every length, so ``"auto"`` is ``"linear"`` there.
-        backend: ``"blocked"`` (bounded memory, any device), ``"reference"`` (the plain equations) or ``"auto"``:
-            what serves the tensors best; second derivatives, forward mode and ``torch.func`` always work.
+        backend: ``"triton"`` (one pass over memory, on NVIDIA GPUs), ``"blocked"`` (bounded memory, any device),
+            ``"reference"`` (the plain equations) or ``"auto"``: what serves the tensors best; second derivatives,
+            forward mode and ``torch.func`` always work.
 
     Returns:
         ``[B, H, N, Dv]`` in ``query.dtype``. Sums are kept in float32 (float64 for float64 inputs).
@@ -86,7 +87,7 @@ def efficient_attention(
     mask = canonical_mask(key_mask, key)
     if order == "auto":
         order = "linear"
-        if backend != "blocked":
+        if backend not in LINEAR_BACKENDS:
             order = cheapest_order(
                 heads=query.shape[1],
                 queries=query.shape[2],
@@ -95,12 +96,11 @@ def efficient_attention(
                 value_channels=value.shape[3],
             )
     if order == "linear":
-        implementation = _implementation(backend)
-        mean, *_ = implementation.summarize(key, value, mask, normalization)
-        return implementation.attend(query, mean, normalization, 1)
-    if backend == "blocked":
+        mean, *_ = _summarize(key, value, mask, normalization, backend)
+        return _attend(query, mean, normalization, 1, backend)
+    if backend in LINEAR_BACKENDS:
         raise NotImplementedError(
-            "backend='blocked' computes order='linear' only; for order='quadratic' use backend='auto'"
+            f"backend={backend!r} computes order='linear' only; for order='quadratic' use backend='auto'"
         )
     itemsize = accumulation_dtype(query.dtype).itemsize
     refuse_impossible_map(query, key, itemsize=itemsize, way_out="Use order='linear'")
@@ -147,7 +147,7 @@ def summarize(
     check_like("value", value, "key", key)
     check_shape("value", value, (*key.shape[:3], None), "[B, H, M, Dv]", "key's B, H, M")
     mask = canonical_mask(key_mask, key)
-    mean, log_weight, *_ = _implementation(backend).summarize(key, value, mask, normalization)
+    mean, log_weight, *_ = _summarize(key, value, mask, normalization, backend)
     return Context(mean, log_weight)
 
 
@@ -205,7 +205,7 @@ def attend(
     check_size("num_groups", num_groups)
     if query.shape[-1] % num_groups:
         raise ValueError(f"num_groups must divide query's Dk = {query.shape[-1]}; got {num_groups}")
-    return _implementation(backend).attend(query, mean, normalization, num_groups)
+    return _attend(query, mean, normalization, num_groups, backend)
 
 
 def dot_product_attention(
@@ -312,17 +312,32 @@ def cheapest_order(
     return cheapest(costs)
 
 
-def _implementation(backend: str) -> ModuleType:
-    """Where ``summarize`` and ``attend`` are that serve the call; an error if a backend was named that cannot."""
+def _summarize(
+    key: Tensor, value: Tensor, mask: Tensor | None, normalization: str, backend: str
+) -> tuple[Tensor, ...]:
+    if _is_plain(backend):
+        return reference.summarize(key, value, mask, normalization)
+    return library.summarize(key, value, mask, normalization, backend=backend)
+
+
+def _attend(
+    query: Tensor, mean: Tensor, normalization: str, num_groups: int, backend: str
+) -> Tensor:
+    if _is_plain(backend):
+        return reference.attend(query, mean, normalization, num_groups)
+    return library.attend(query, mean, normalization, num_groups, backend=backend)
+
+
+def _is_plain(backend: str) -> bool:
+    """Whether the plain equations serve the call; an error if a backend was named that cannot."""
     if backend == "reference":
-        return reference
+        return True
     reason = library.serves_plain_tensors_only()
     if reason is not None and backend != "auto":
         raise NotImplementedError(f"backend={backend!r}: {reason}; use backend='auto'")
     # A program that is exported or traced must run where this package is not installed.
     recorded = torch.compiler.is_exporting() or is_traced()
-    plain = reason is not None or (backend == "auto" and recorded)
-    return reference if plain else library
+    return reason is not None or (backend == "auto" and recorded)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

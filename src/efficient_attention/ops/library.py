@@ -1,14 +1,17 @@
 """The private operators: schemas, shapes and gradients, for PyTorch's dispatcher, compiler and exporters.
 
 ``torch.ops.efficient_attention.{summarize, attend}`` and their backwards are the seam between the public functions
-and the implementations; the dispatcher picks one by device. Arguments arrive checked by functional.py. ``needs`` says
-which of its two gradients a backward is asked for; the other is neither computed nor allocated, but empty.
+and the implementations; the dispatcher picks one by device, unless ``backend`` names it. Arguments arrive checked by
+functional.py. ``needs`` says which of its two gradients a backward is asked for; the other is neither computed nor
+allocated, but empty.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,16 +21,23 @@ from . import blocked, reference
 from .flops import register_when_counting
 from .layout import empty_gradient, empty_output
 from .precision import accumulation_dtype, without_autocast
+from .tiling import why_not
+
+# What "auto" is on a GPU, for calls that it serves; all others are "blocked". The kernels are checked in Triton's
+# interpreter and compiled, but docs/gpu.md says on which GPUs they have run.
+AUTO_ON_CUDA = "triton"
 
 _LIBRARY = torch.library.Library("efficient_attention", "DEF")
 _SCHEMAS = {
-    "summarize": "(Tensor key, Tensor value, Tensor? key_mask, str normalization) "
-    "-> (Tensor mean, Tensor log_weight, Tensor shift, Tensor total)",
+    "summarize": "(Tensor key, Tensor value, Tensor? key_mask, str normalization, *, "
+    "str backend='auto') -> (Tensor mean, Tensor log_weight, Tensor shift, Tensor total)",
     "summarize_backward": "(Tensor d_mean, Tensor? d_log_weight, Tensor key, Tensor value, Tensor? key_mask, "
-    "Tensor mean, Tensor shift, Tensor total, str normalization, bool[2] needs) -> (Tensor d_key, Tensor d_value)",
-    "attend": "(Tensor query, Tensor mean, str normalization, int num_groups) -> Tensor output",
+    "Tensor mean, Tensor shift, Tensor total, str normalization, bool[2] needs, *, "
+    "str backend='auto') -> (Tensor d_key, Tensor d_value)",
+    "attend": "(Tensor query, Tensor mean, str normalization, int num_groups, *, str backend='auto') "
+    "-> Tensor output",
     "attend_backward": "(Tensor d_output, Tensor query, Tensor mean, str normalization, int num_groups, "
-    "bool[2] needs) -> (Tensor d_query, Tensor d_mean)",
+    "bool[2] needs, *, str backend='auto') -> (Tensor d_query, Tensor d_mean)",
 }
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -53,24 +63,70 @@ def serves_plain_tensors_only() -> str | None:
     return None
 
 
-def _in_own_precision(kernel: Callable) -> Callable:
-    """Keep an active autocast from choosing the precision of the products inside a kernel."""
+def _why_not_triton(x: Tensor, value_channels: int, num_groups: int) -> str | None:
+    """Why the Triton kernels cannot serve queries or keys ``x [B, H, N, Dk]``, or ``None`` if they can."""
+    return _why_not_on(x.device) or why_not(x.dtype, x.shape[-1], value_channels, num_groups)
 
-    @functools.wraps(kernel)
-    def guarded(x: Tensor, *args: Any) -> Any:
+
+@functools.cache
+def _why_not_on(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda":
+        # In Triton's interpreter, which is for tests, kernels run on any device.
+        interpreted = _implementation("triton").kernels.INTERPRETED
+        return None if interpreted else f"it runs on CUDA devices; got {device.type}"
+    if torch.version.hip is not None:
+        return "it runs on NVIDIA GPUs; this torch is for those of AMD"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"it needs compute capability 8.0; this device has {major}.{minor}"
+    return None
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "blocked":
+        return blocked
+    # Imports triton, which is optional and slow to load.
+    from . import triton_launch
+
+    return triton_launch
+
+
+# Queries or keys, values or a context, and the number of groups, among the arguments of each operator.
+_SIZES: dict[str, Callable[..., tuple[Tensor, Tensor, int]]] = {
+    "summarize": lambda key, value, *_: (key, value, 1),
+    "summarize_backward": lambda d_mean, d_log_weight, key, value, *_: (key, value, 1),
+    "attend": lambda query, mean, _, num_groups: (query, mean, num_groups),
+    "attend_backward": lambda d_output, query, mean, _, num_groups, *__: (query, mean, num_groups),
+}
+
+
+def _by(automatic: str, name: str) -> Callable:
+    """An operator by the backend that is named; for ``"auto"`` by ``automatic`` where that serves the call."""
+
+    @functools.wraps(getattr(blocked, name))
+    def run(*args: Any, backend: str = "auto") -> Any:
+        x, other, num_groups = _SIZES[name](*args)
+        chosen = automatic if backend == "auto" else backend
+        if chosen == "triton" and (reason := _why_not_triton(x, other.shape[-1], num_groups)):
+            if backend == "triton":
+                raise NotImplementedError(f"backend='triton': {reason}; use backend='auto'")
+            chosen = "blocked"
+        # An active autocast must not choose the precision of products inside.
         with without_autocast(x.device):
-            return kernel(x, *args)
+            return getattr(_implementation(chosen), name)(*args)
 
-    return guarded
+    return run
 
 
 for _name in _SCHEMAS:
-    _kernel = _in_own_precision(getattr(blocked, _name))
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _by("blocked", _name), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _by(AUTO_ON_CUDA, _name), "CUDA")
 
 
 @torch.library.register_fake("efficient_attention::summarize", lib=_LIBRARY)
-def _(key, value, key_mask, normalization):
+def _(key, value, key_mask, normalization, *, backend="auto"):
     batch, heads, _, key_channels = key.shape
     dtype = accumulation_dtype(key.dtype)
     mean = key.new_empty(batch, heads, key_channels, value.shape[-1], dtype=dtype)
@@ -79,27 +135,42 @@ def _(key, value, key_mask, normalization):
 
 
 @torch.library.register_fake("efficient_attention::summarize_backward", lib=_LIBRARY)
-def _(d_mean, d_log_weight, key, value, key_mask, mean, shift, total, normalization, needs):
+def _(
+    d_mean,
+    d_log_weight,
+    key,
+    value,
+    key_mask,
+    mean,
+    shift,
+    total,
+    normalization,
+    needs,
+    *,
+    backend="auto",
+):
     return empty_gradient(key, needs[0]), empty_gradient(value, needs[1])
 
 
 @torch.library.register_fake("efficient_attention::attend", lib=_LIBRARY)
-def _(query, mean, normalization, num_groups):
+def _(query, mean, normalization, num_groups, *, backend="auto"):
     return empty_output(query, mean.shape[-1])
 
 
 @torch.library.register_fake("efficient_attention::attend_backward", lib=_LIBRARY)
-def _(d_output, query, mean, normalization, num_groups, needs):
+def _(d_output, query, mean, normalization, num_groups, needs, *, backend="auto"):
     return empty_gradient(query, needs[0]), empty_gradient(mean, needs[1])
 
 
 class _Summarize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, key, value, key_mask, normalization):
+    def forward(ctx, key, value, key_mask, normalization, backend):
         with torch._C._AutoDispatchBelowAutograd():
-            mean, log_weight, shift, total = summarize(key, value, key_mask, normalization)
+            mean, log_weight, shift, total = summarize(
+                key, value, key_mask, normalization, backend=backend
+            )
         ctx.save_for_backward(key, value, key_mask, mean, shift, total)
-        ctx.normalization = normalization
+        ctx.normalization, ctx.backend = normalization, backend
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(shift, total)
         return mean, log_weight, shift, total
@@ -119,19 +190,20 @@ class _Summarize(torch.autograd.Function):
             )
         else:
             weights = (key_mask, mean, shift, total, ctx.normalization)
-            gradients = _needed(
-                summarize_backward(d_mean, d_log_weight, key, value, *weights, needs), needs
+            gradients = summarize_backward(
+                d_mean, d_log_weight, key, value, *weights, needs, backend=ctx.backend
             )
-        return *gradients, None, None
+            gradients = _needed(gradients, needs)
+        return *gradients, None, None, None
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, mean, normalization, num_groups):
+    def forward(ctx, query, mean, normalization, num_groups, backend):
         with torch._C._AutoDispatchBelowAutograd():
-            output = attend(query, mean, normalization, num_groups)
+            output = attend(query, mean, normalization, num_groups, backend=backend)
         ctx.save_for_backward(query, mean)
-        ctx.options = (normalization, num_groups)
+        ctx.options, ctx.backend = (normalization, num_groups), backend
         return output
 
     @staticmethod
@@ -143,8 +215,11 @@ class _Attend(torch.autograd.Function):
                 lambda q, c: reference.attend(q, c, *ctx.options), (query, mean), d_output, needs
             )
         else:
-            gradients = _needed(attend_backward(d_output, query, mean, *ctx.options, needs), needs)
-        return *gradients, None, None
+            gradients = attend_backward(
+                d_output, query, mean, *ctx.options, needs, backend=ctx.backend
+            )
+            gradients = _needed(gradients, needs)
+        return *gradients, None, None, None
 
 
 def _pull_back(
@@ -168,14 +243,14 @@ def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor 
 def _differentiable(
     operator: Callable, function: type[torch.autograd.Function], plain: Callable
 ) -> Callable:
-    def dispatch(first: Tensor, second: Tensor, *args: Any) -> Any:
+    def dispatch(first: Tensor, second: Tensor, *args: Any, backend: str = "auto") -> Any:
         # Reached from compiled programs too: without this a tangent would be lost without a word.
         if torch.autograd.forward_ad._current_level >= 0:
             return plain(first, second, *args)
         if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
-            return function.apply(first, second, *args)
+            return function.apply(first, second, *args, backend)
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(first, second, *args)
+            return operator(first, second, *args, backend=backend)
 
     return dispatch
 

@@ -1,0 +1,129 @@
+"""Which calls the Triton kernels serve, and in what pieces: blocks, tiles of channels, chunks of a sequence.
+
+This file counts and imports no kernel. A *chunk* is what one program goes through, a *block* what it holds at a time.
+Both depend on dtype, heads, channels and length but not on the batch, so that a sample gets the same sums whatever its
+batch mates are. Dk and Dv are channels of keys and values.
+
+Tiles are bounded by the registers of a program: none makes a compiler spill (``test_triton_compilation.py``). They were
+chosen by that alone; no time was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+# Queries are normalized over all of their channels, which one block holds.
+MOST_KEY_CHANNELS = 256
+# How products take their operands; triton_kernels.py says what each is.
+OPERANDS = {torch.bfloat16: "bfloat16", torch.float16: "tf32", torch.float32: "ieee"}
+
+# Programs that a sample is shared out to, where it is long enough: about two for each place on a large GPU.
+_PROGRAMS = 1024
+# A program's sums are float32, are written and read again, and may have this share of the bytes that it reads.
+_SHARE_OF_SUMS = 1 / 8
+_SHORTEST_CHUNK = 128
+# Numbers of a context that a program holds in its registers.
+_MOST_SUMS = {torch.bfloat16: 128 * 128, torch.float16: 128 * 128, torch.float32: 128 * 64}
+# Positions of a block beside few sums, beside many, and beside more than 128 key channels.
+_POSITIONS = {
+    torch.bfloat16: (64, 32, 16),
+    torch.float16: (32, 16, 16),
+    torch.float32: (16, 16, 16),
+}
+
+
+class Tile(NamedTuple):
+    """What a program holds at a time, and how it works on it.
+
+    Attributes:
+        positions: of a block.
+        key_channels: of a block, a power of two.
+        value_channels: of a block, a power of two.
+        warps: of 32 threads each.
+        stages: blocks that are on their way from memory at a time.
+    """
+
+    positions: int
+    key_channels: int
+    value_channels: int
+    warps: int
+    stages: int
+
+
+# Chunks and numbers of each that are added up at a time.
+SUM_TILE = Tile(positions=32, key_channels=1, value_channels=64, warps=4, stages=2)
+
+
+def why_not(dtype: torch.dtype, key_channels: int, value_channels: int, groups: int) -> str | None:
+    """Why the kernels do not serve such a call, or ``None`` if they do."""
+    if dtype not in OPERANDS:
+        return f"it computes in float16, bfloat16 or float32; got {dtype}"
+    if not (key_channels and value_channels):
+        return f"it needs channels; got Dk = {key_channels}, Dv = {value_channels}"
+    if math.prod(padded_groups(key_channels, groups)) > MOST_KEY_CHANNELS:
+        return (
+            f"it takes up to {MOST_KEY_CHANNELS} key channels, after number and size of their groups are rounded up to "
+            f"powers of two; got Dk = {key_channels}, num_groups = {groups}"
+        )
+    return None
+
+
+def padded_groups(key_channels: int, groups: int) -> tuple[int, int]:
+    """How many groups of how many channels a block holds: powers of two, and at least 16 channels together."""
+    count = _power_of_two(groups)
+    return count, max(_power_of_two(key_channels // groups), 16 // count)
+
+
+def chunk_length(
+    dtype: torch.dtype, heads: int, positions: int, key_channels: int, value_channels: int
+) -> int:
+    """Positions that one program goes through, a power of two.
+
+    Few enough to fill the device, and so many that the sums of chunks add little to the bytes that are moved.
+    """
+    read = (key_channels + value_channels) * dtype.itemsize
+    written = 4 * key_channels * value_channels
+    shortest = max(_SHORTEST_CHUNK, math.ceil(written / (_SHARE_OF_SUMS * read)))
+    return _power_of_two(max(shortest, -(-heads * positions // _PROGRAMS)))
+
+
+def summarize_tile(dtype: torch.dtype, key_channels: int, value_channels: int) -> Tile:
+    """For ``summarize``, whose programs take a tile of either's channels."""
+    return _tile(dtype, min(128, _padded(key_channels)), value_channels)
+
+
+def backward_tile(dtype: torch.dtype, key_channels: int, value_channels: int) -> Tile:
+    """For both gradients, whose programs hold all key channels, and block and gradient of it at a time."""
+    tile = _tile(dtype, _padded(key_channels), value_channels)
+    if tile.value_channels < value_channels:
+        # A program goes over all tiles, and the loads of each would wait in memory of their own.
+        return tile._replace(stages=1)
+    return tile
+
+
+def attend_tile(dtype: torch.dtype, key_channels: int, value_channels: int) -> Tile:
+    """For ``attend``, whose programs hold all key channels."""
+    return _tile(dtype, _padded(key_channels), value_channels)
+
+
+def _tile(dtype: torch.dtype, key_block: int, value_channels: int) -> Tile:
+    value_block = min(_padded(value_channels), 128, _MOST_SUMS[dtype] // key_block)
+    sums = key_block * value_block
+    # As many positions as there are registers for, beside the sums.
+    size = 0 if sums <= 64 * 64 else 1 if key_block <= 128 else 2
+    positions = _POSITIONS[dtype][size]
+    few = 32 * 32 if dtype == torch.float32 else 64 * 64
+    return Tile(positions, key_block, value_block, warps=4 if sums <= few else 8, stages=2)
+
+
+def _padded(channels: int) -> int:
+    """Channels of a block: a power of two, and as many as products need."""
+    return max(16, _power_of_two(channels))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is not less than ``n``."""
+    return 1 << max(0, n - 1).bit_length()
