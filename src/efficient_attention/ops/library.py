@@ -23,9 +23,9 @@ from .layout import empty_gradient, empty_output
 from .precision import accumulation_dtype, without_autocast
 from .tiling import why_not
 
-# What "auto" is on a GPU, for calls that it serves; all others are "blocked". The kernels are checked in Triton's
-# interpreter and compiled, but docs/gpu.md says on which GPUs they have run.
-AUTO_ON_CUDA = "triton"
+# What "auto" is on a GPU. To be "triton", for the calls that it serves, once a GPU has shown its kernels to be right and
+# faster; so far Triton's interpreter has, and the compiler: docs/gpu.md.
+AUTO_ON_CUDA = "blocked"
 
 _LIBRARY = torch.library.Library("efficient_attention", "DEF")
 _SCHEMAS = {
