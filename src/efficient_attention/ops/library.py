@@ -23,8 +23,8 @@ from .layout import empty_gradient, empty_output
 from .precision import accumulation_dtype, without_autocast
 from .tiling import why_not
 
-# What "auto" is on a GPU. To be "triton", for the calls that it serves, once a GPU has shown its kernels to be right and
-# faster; so far Triton's interpreter has, and the compiler: docs/gpu.md.
+# What "auto" is on a GPU. To be "triton", where that serves the call, once a GPU has shown the kernels to be right and
+# faster; so far they have run in Triton's interpreter alone: docs/gpu.md.
 AUTO_ON_CUDA = "blocked"
 
 _LIBRARY = torch.library.Library("efficient_attention", "DEF")
