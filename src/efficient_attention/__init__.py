@@ -1,9 +1,10 @@
 """Efficient attention: global attention at linear cost. Shen et al., WACV 2021, arXiv 1812.01243.
 
-What is public comes with the first name that is asked for: ``torch`` takes its time to be imported, and help and errors
-of the command line do not wait for it.
+Where ``torch`` is loaded already, all that is public comes at once; else with the first name that is asked for, as
+``torch`` takes its time, and help and errors of the command line do not wait for it.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +67,19 @@ _PARTS = ("ops", "modules", "surgery", "planning", "models")
 def __getattr__(name: str) -> Any:
     if name not in __all__ and name not in _PARTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for part in (import_module(f"{__name__}.{part}") for part in _PARTS):
-        globals().update({key: getattr(part, key) for key in part.__all__ if key in __all__})
+    _load()
     return globals()[name]
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_PARTS})
+
+
+def _load() -> None:
+    for part in (import_module(f"{__name__}.{part}") for part in _PARTS):
+        globals().update({key: getattr(part, key) for key in part.__all__ if key in __all__})
+
+
+# Its operators are then registered, for whoever counts what they cost or runs a program that has them.
+if "torch" in sys.modules:
+    _load()
