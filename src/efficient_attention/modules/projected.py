@@ -19,6 +19,7 @@ from ..ops.functional import NORMALIZATIONS, is_traced, serves_every_length
 from ..ops.planner import FOLDS_OUTPUT, FOLDS_VALUES, MODULE_ORDERS, Cost, cheapest, module_costs
 from .features import Features, Projection, coarsen
 from .folding import fold_output, fold_values, obstacle
+from .streaming import can_stream, stream, takes
 
 INITIALIZATIONS = ("zero", "official")
 
@@ -219,6 +220,7 @@ class EfficientModule(ProjectedAttention):
             value_channels=self.value_channels,
             source_channels=self.source_channels,
             column_sums=self._needs_column_sums(),
+            streamed=can_stream(self),
             batch=batch,
             heads=self.num_heads,
             itemsize=itemsize,
@@ -244,6 +246,8 @@ class EfficientModule(ProjectedAttention):
         order = self.planned_order(x, source)
         if order == "quadratic":
             return self._attend_quadratic(x, source, key_mask)
+        if order == "folded" and can_stream(self) and takes(self, x) and takes(self, source):
+            return stream(self, x, source, self._key_mask(key_mask, source))
         context = self._summarize(source, key_mask, order in FOLDS_VALUES)
         return self._attend(x, context, order in FOLDS_OUTPUT)
 
