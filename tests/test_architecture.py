@@ -41,15 +41,18 @@ OPS = {
     "blocked": {"blocks", "layout", "precision"},
     "pages": {"precision"},
     "streamed": {"blocks", "folding", "layout", "pages", "precision"},
+    "small": {"layout", "planner", "precision"},
     "library": {"blocked", "flops", "layout", "precision", "reference", "streamed"},
     "functional": {
         "arguments",
+        "blocked",
         "context",
         "library",
         "limits",
         "planner",
         "precision",
         "reference",
+        "small",
     },
     "__init__": {"context", "functional"},
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..ops import library
+from ..ops import Context, library
 from ..ops.functional import is_traced
 from ..ops.precision import autocast_is_on
 from .features import Projection
@@ -29,7 +29,7 @@ def can_stream(module: EfficientModule) -> bool:
     layers = _layers(module)
     if any(obstacle(layer, module._features.projection) is not None for layer in layers):
         return False
-    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    parameters = [p for layer in layers for p in layer._parameters.values() if p is not None]
     first = parameters[0]
     return (
         first.device.type == "cpu"
@@ -48,20 +48,32 @@ def takes(module: EfficientModule, x: Tensor) -> bool:
     return x.dtype == weight.dtype and x.device == weight.device and _is_plain(x)
 
 
-def stream(module: EfficientModule, x: Tensor, source: Tensor, key_mask: Tensor | None) -> Tensor:
-    """The output of a module for ``x`` attending to ``source``; ``key_mask`` is ``[B, M]``."""
+def records_gradients(module: EfficientModule, x: Tensor, source: Tensor | Context) -> bool:
+    """Whether a call is recorded for a backward pass, which needs the input as it is."""
+    if not torch.is_grad_enabled():
+        return False
+    sources = source if isinstance(source, Context) else (source,)
+    return any(t.requires_grad for t in (x, *sources, *module.parameters()))
+
+
+def stream(
+    module: EfficientModule, x: Tensor, source: Tensor, key_mask: Tensor | None, *, overwrite: bool
+) -> Tensor:
+    """The output of a module for ``x`` attending to ``source``; ``key_mask`` is ``[B, M]``.
+
+    ``overwrite``: it may be written over x, and is where ``x [B, C, n]`` is a view; no gradient is recorded.
+    """
     features, (weights, biases) = module._features, _parameters(module)
     positions = features.positions(x)
-    output, *_ = library.folded(
-        positions,
-        None if source is x else features.positions(source),
-        key_mask,
-        weights,
-        biases,
-        module.normalization,
-        module.num_heads,
-        module.residual,
-    )
+    attended = None if source is x else features.positions(source)
+    options = (module.normalization, module.num_heads, module.residual)
+    arguments = (positions, attended, key_mask, weights, biases, *options)
+    if overwrite and _share_memory(positions, x):
+        library.folded_(*arguments)
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+        return x
+    output, *_ = library.folded(*arguments)
     return features.restore(output, like=x)
 
 
@@ -72,6 +84,10 @@ def _layers(module: EfficientModule) -> tuple[Projection, ...]:
 def _parameters(module: EfficientModule) -> tuple[list[Tensor], list[Tensor | None]]:
     layers = _layers(module)
     return [layer.weight.flatten(1) for layer in layers], [layer.bias for layer in layers]
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _is_plain(x: Tensor) -> bool:

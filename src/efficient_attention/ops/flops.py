@@ -83,6 +83,7 @@ def _register(counter: ModuleType) -> None:
     counter.register_flop_formula(operators.attend)(attend_flops)
     counter.register_flop_formula(operators.attend_backward)(attend_backward_flops)
     counter.register_flop_formula(operators.folded)(folded_flops)
+    counter.register_flop_formula(operators.folded_)(folded_flops)
     counter.register_flop_formula(operators.folded_backward)(folded_backward_flops)
 
 

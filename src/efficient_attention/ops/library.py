@@ -32,7 +32,7 @@ _SCHEMAS = {
     "bool[2] needs) -> (Tensor d_query, Tensor d_mean)",
     "folded": f"(Tensor x, Tensor? source, {_MODULE}) "
     "-> (Tensor output, Tensor pooled, Tensor shift, Tensor total, Tensor column_sums)",
-    "folded_": f"(Tensor(a!) x, {_MODULE}) -> ()",
+    "folded_": f"(Tensor(a!) x, Tensor? source, {_MODULE}) -> ()",
     "folded_backward": f"(Tensor d_output, Tensor x, Tensor? source, {_MODULE}, Tensor pooled, Tensor shift, "
     f"Tensor total, Tensor column_sums, bool[3] needs) -> ({', '.join(['Tensor'] * 10)})",
 }

@@ -30,6 +30,10 @@ FOLDS_OUTPUT = ("folded_output", "folded")
 BLOCK_BYTES = 4 << 20
 SHORTEST_BLOCK = 256
 
+# Starting an operator costs as much as computing some ten thousand numbers: below this many bytes of queries, keys and
+# values, problems are computed in few operators rather than in little memory.
+SMALL_BYTES = 1 << 20
+
 # Beside a mean: its log_weight, and the largest key and the sum relative to it for the backward pass.
 _CONTEXT_WEIGHTS = 3
 
@@ -227,6 +231,18 @@ def crossover(key_channels: int, value_channels: int) -> float:
         64.0
     """
     return 2 * key_channels * value_channels / (key_channels + value_channels)
+
+
+def quadratic_is_cheaper(queries: int, keys: int, key_channels: int, value_channels: int) -> bool:
+    """Whether :func:`operator_costs` has fewer multiply-adds for the quadratic order than for the linear one."""
+    quadratic = queries * keys * (key_channels + value_channels)
+    return quadratic < (queries + keys) * key_channels * value_channels
+
+
+def is_small(maps: int, queries: int, keys: int, key_channels: int, value_channels: int) -> bool:
+    """Whether starting operators is what attention of so many maps (batch times heads) mostly costs."""
+    numbers = maps * (queries * key_channels + keys * (key_channels + value_channels))
+    return 4 * numbers <= SMALL_BYTES
 
 
 def block_length(heads: int, channels: int) -> int:

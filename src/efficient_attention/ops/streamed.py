@@ -70,6 +70,7 @@ def folded(
 
 def folded_(
     x: Tensor,
+    source: Tensor | None,
     key_mask: Tensor | None,
     weights: Sequence[Tensor],
     biases: Biases,
@@ -77,8 +78,9 @@ def folded_(
     num_heads: int,
     residual: bool,
 ) -> None:
-    """:func:`folded` of x attending to itself, written over x."""
-    summary = _summarize(x, key_mask, weights[1], biases[1], normalization)
+    """:func:`folded`, written over x."""
+    attended = x if source is None else source
+    summary = _summarize(attended, key_mask, weights[1], biases[1], normalization)
     _attend(x, x, summary, weights, biases, normalization, num_heads, residual)
 
 
@@ -131,17 +133,19 @@ def _attend(
     residual: bool,
 ) -> None:
     """Writes ``X + M^T rho_q(Q)`` into output, which may be x."""
-    softmax = normalization == "softmax"
-    _, mean = _folded_context(summary, weights, biases, num_heads, softmax)
-    mean = mean.to(x.dtype)  # [B, dk, C]
+    softmax, key_channels = normalization == "softmax", weights[0].shape[0]
     batch, channels, positions = x.shape
-    tiles = walk(batch, 1, positions, mean.shape[1] + channels)
-    pages = Pages(x, tiles, mean.shape[1])
+    tiles = walk(batch, 1, positions, key_channels + channels)
+    pages = Pages(x, tiles, key_channels)
     for rows, blocks in tiles:
+        # Folded for these rows alone, so that no rounding of a long sample depends on its batch mates.
+        of_rows = Summary(*(part[rows] for part in summary))
+        _, mean = _folded_context(of_rows, weights, biases, num_heads, softmax)
+        mean = mean.to(x.dtype)  # [b, dk, C]
         for n in blocks:
             block, out = x[rows, :, n], output[rows, :, n]
             attention = _queries(pages, block, weights[0], biases[0], num_heads, softmax)
-            product(mean[rows].mT, pages.narrowed(0, attention), block if residual else None, out)
+            product(mean.mT, pages.narrowed(0, attention), block if residual else None, out)
             if biases[3] is not None and not softmax:
                 out.add_(biases[3].unsqueeze(-1))
 
