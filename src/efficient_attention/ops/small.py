@@ -1,8 +1,9 @@
 """Small problems, in as few operators as the equations have: where starting operators costs more than their arithmetic.
 
 Serves plain tensors on a CPU that nobody watches: no mask, gradient, transform, tangent, autocast, recording or
-dispatch mode. Whatever it does not serve, it leaves alone, errors included. Shapes: B batch, H heads, N queries, M keys, Dk key
-channels, Dv value channels.
+dispatch mode. Whatever it does not serve, it leaves alone, errors included.
+
+Shapes: B batch, H heads, N queries, M keys, Dk key channels, Dv value channels.
 """
 
 from __future__ import annotations
