@@ -171,10 +171,18 @@ def test_the_streamed_module_holds_what_is_counted(
     weights = [torch.randn(shape, dtype=dtype) for shape in (*shapes, (channels, value_channels))]
     biases = [torch.randn(len(w), dtype=dtype) for w in weights]
     module = (x, source, None, weights, biases, normalization, heads, True)
-    check(ours.folded.default, *module, few=20_000)
+    check(ours.folded.default, *module, tolerance=0.13, few=10_000)
     _, *summary = ours.folded(*module)
     d_output = torch.randn_like(x)
-    check(ours.folded_backward.default, d_output, *module, *summary, [True] * 3, few=20_000)
+    check(
+        ours.folded_backward.default,
+        d_output,
+        *module,
+        *summary,
+        [True] * 3,
+        tolerance=0.13,
+        few=10_000,
+    )
 
 
 def test_nothing_is_counted_on_other_devices():

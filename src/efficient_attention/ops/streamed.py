@@ -244,7 +244,7 @@ def _attend_backward(
                 return (d_mean,)
             d_weight = product(d_query, block.mT).sum(0, dtype=dtype)
             # Under softmax the output's bias is a part of the mean.
-            d_constant = d_output_bias if softmax else d_out.sum((0, 2), dtype=dtype)
+            d_constant = d_output_bias if softmax else d_out.sum(2).sum(0, dtype=dtype)
             return d_mean, d_weight, slope.sum((0, 2)), d_constant
 
         d_mean[rows], *sums = fold(_add_each, pull_back, blocks)
