@@ -5,7 +5,8 @@ import torch
 
 from efficient_attention import attend, efficient_attention, summarize
 from efficient_attention.memory import peak_bytes
-from efficient_attention.ops import blocked
+from efficient_attention.ops import blocked, blocks
+from efficient_attention.ops.blocks import fold
 from efficient_attention.testing import (
     assert_as_precise_as_plain,
     make_inputs,
@@ -55,10 +56,12 @@ def test_values_and_gradients_match_the_oracle_in_many_blocks(
 )
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_masks_follow_the_rows_of_the_batch(mask_shape, rows, monkeypatch):
-    monkeypatch.setattr(blocked, "block_length", lambda *_: 16)
-    monkeypatch.setattr(blocked, "rows_per_block", lambda *_: rows)
+    monkeypatch.setattr(blocks, "block_length", lambda *_: 16)
+    monkeypatch.setattr(blocks, "rows_per_block", lambda *_: rows)
     tiles = blocked._walk(torch.empty(5, 3, 53, 8), 5)
-    assert [(n.start, n.stop) for n, _ in tiles] == [(i, i + rows) for i in range(0, 5, rows)]
+    assert [(n.start, n.stop) for n, _ in tiles] == [
+        (i, min(i + rows, 5)) for i in range(0, 5, rows)
+    ]
     assert all(len(blocks) == 4 for _, blocks in tiles)
     inputs = make_inputs(batch=5, requires_grad=True)
     mask = torch.rand(mask_shape) > 0.4
@@ -98,7 +101,7 @@ def test_gradients_stay_precise_where_keys_are_large(offset):
 
 def test_sums_over_blocks_are_a_balanced_tree():
     blocks = [slice(i, i + 1) for i in range(5)]
-    order = blocked._fold(lambda a, b: f"({a}{b})", lambda n: str(n.start), blocks)
+    order = fold(lambda a, b: f"({a}{b})", lambda n: str(n.start), blocks)
     assert order == "((01)(2(34)))"
 
 

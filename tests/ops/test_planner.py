@@ -14,6 +14,7 @@ from efficient_attention.ops.planner import (
     module_costs,
     operator_costs,
     rows_per_block,
+    streamed_bytes,
 )
 
 
@@ -84,6 +85,30 @@ def test_module_bytes_match_hand_computed_numbers():
     # All projections, the map of each head, and both softmaxes in float32.
     everything = (100 + 50) * (4 + 8) * 2
     assert costs["quadratic"].bytes == everything + (2 * 100 * 50 + (100 + 50) * 4) * 4
+
+
+def test_a_streamed_module_takes_contexts_and_pages():
+    sizes = {"in_channels": 6, "key_channels": 4, "value_channels": 8, "heads": 2}
+    costs = module_costs(queries=100, keys=50, **sizes, itemsize=2, streamed=True)
+    summary, contexts = 4 * (6 + 4) * 4, 4 * (8 // 2 + 6) * 4  # in float32
+    # For each query a page of 4 channels in float32 and in 2 bytes, and a float32 for each head.
+    assert costs["folded"].bytes == summary + contexts + 100 * (4 * (4 + 2) + 2 * 4)
+    per_position = 4 * (6 + 6)
+    folding = 4 * (8 // 2) * (6 + 6)
+    assert costs["folded"].multiply_adds == (100 + 50) * per_position + folding
+    # Nothing of it grows with the positions but sums over blocks that wait for others.
+    long = [
+        module_costs(queries=n, keys=n, **sizes, streamed=True)["folded"].bytes
+        for n in (1 << 20, 1 << 21)
+    ]
+    assert long[1] - long[0] in (0, 4 * 6 * 4)
+
+
+def test_streamed_blocks_match_hand_computed_numbers():
+    # One block of 1000 positions: a page of 32 channels, and one number for each of 2 heads.
+    assert streamed_bytes(1, 1000, 64, 32, 2, 4) == 1000 * (32 * 4 + 2 * 4)
+    assert streamed_bytes(1, 1000, 64, 32, 2, 2) == 1000 * (32 * (4 + 2) + 2 * 4)
+    assert streamed_bytes(1, 1000, 64, 32, 2, 8, pages=3) == 1000 * (3 * 32 * 8 + 2 * 8)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(5000, 10), (10, 5000)])

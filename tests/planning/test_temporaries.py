@@ -137,6 +137,54 @@ def test_our_operators_hold_what_is_counted(
     check(ours.attend_backward.default, output, *saved, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+@pytest.mark.parametrize(
+    (
+        "batch",
+        "channels",
+        "source_channels",
+        "key_channels",
+        "value_channels",
+        "positions",
+        "heads",
+    ),
+    [(1, 64, None, 32, 64, 40_000, 4), (2, 64, 48, 32, 32, 9000, 1), (3, 16, None, 8, 16, 3000, 2)],
+)
+def test_the_streamed_module_holds_what_is_counted(
+    batch,
+    channels,
+    source_channels,
+    key_channels,
+    value_channels,
+    positions,
+    heads,
+    normalization,
+    dtype,
+):
+    x = torch.randn(batch, channels, positions, dtype=dtype)
+    source = None
+    if source_channels is not None:
+        source = torch.randn(batch, source_channels, positions // 2, dtype=dtype)
+    attended = channels if source is None else source_channels
+    shapes = [(key_channels, channels), (key_channels, attended), (value_channels, attended)]
+    weights = [torch.randn(shape, dtype=dtype) for shape in (*shapes, (channels, value_channels))]
+    biases = [torch.randn(len(w), dtype=dtype) for w in weights]
+    module = (x, source, None, weights, biases, normalization, heads, True)
+    check(ours.folded.default, *module, tolerance=0.13, few=10_000)
+    _, *summary = ours.folded(*module)
+    d_output = torch.randn_like(x)
+    check(
+        ours.folded_backward.default,
+        d_output,
+        *module,
+        *summary,
+        [True] * 3,
+        tolerance=0.13,
+        few=10_000,
+    )
+
+
 def test_nothing_is_counted_on_other_devices():
     x, *rest = (
         a.to("meta") if isinstance(a, torch.Tensor) else a

@@ -27,6 +27,12 @@ class Grid(Tokens):
     def join(self, heads: Tensor, like: Tensor) -> Tensor:
         return super().join(heads, like).unflatten(1, like.shape[1:-1])  # [B, *spatial, C]
 
+    def positions(self, x: Tensor) -> Tensor:
+        return super().positions(x.flatten(1, -2))  # [B, C, N]
+
+    def restore(self, positions: Tensor, like: Tensor) -> Tensor:
+        return super().restore(positions, like).unflatten(1, like.shape[1:-1])  # [B, *spatial, C]
+
     def key_mask(self, mask: Tensor, like: Tensor) -> Tensor:
         return _checked_mask(mask, "[B, ...]", like.shape[:-1]).flatten(1)
 

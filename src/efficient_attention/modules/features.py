@@ -1,7 +1,8 @@
 """Where channels and positions lie: tokens ``[B, N, C]`` and feature maps ``[B, C, *spatial]``.
 
 A module computes on heads ``[B, h, n, c / h]``. Both layouts give them as views, whatever the memory format, and
-the operators write their results in the memory order of their inputs, so that joining heads is a view again.
+the operators write their results in the memory order of their inputs, so that joining heads is a view again. Where
+heads do not matter both are ``[B, C, n]``, ``positions``, again as views.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ class Tokens:
 
     def join(self, heads: Tensor, like: Tensor) -> Tensor:
         return heads.transpose(1, 2).flatten(2)  # [B, N, C]
+
+    def positions(self, x: Tensor) -> Tensor:
+        return x.mT  # [B, C, N]
+
+    def restore(self, positions: Tensor, like: Tensor) -> Tensor:
+        return positions.mT  # [B, N, C]
 
     def key_mask(self, mask: Tensor, like: Tensor) -> Tensor:
         return _checked_mask(mask, "[B, N]", like.shape[:2])
@@ -75,9 +82,16 @@ class FeatureMaps:
     def split(self, x: Tensor, heads: int) -> Tensor:
         return x.flatten(2).unflatten(1, (heads, -1)).mT  # [B, h, n, C / h]
 
+    def positions(self, x: Tensor) -> Tensor:
+        if _is_channels_last(x):
+            return x.movedim(1, -1).flatten(1, -2).mT
+        return x.flatten(2)  # [B, C, n]
+
+    def restore(self, positions: Tensor, like: Tensor) -> Tensor:
+        return positions.unflatten(2, like.shape[2:])  # [B, C, *spatial]
+
     def join(self, heads: Tensor, like: Tensor) -> Tensor:
-        channels_last = like.stride(1) < like.stride(-1)
-        if channels_last:
+        if _is_channels_last(like):
             joined = heads.transpose(1, 2).flatten(2).mT  # [B, C, n]
         else:
             joined = heads.mT.flatten(1, 2)  # [B, C, n]
@@ -97,6 +111,10 @@ class FeatureMaps:
             raise ValueError(
                 f"{name} must have shape {self.shape} with C = {channels}; got {tuple(x.shape)}"
             )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.stride(1) < x.stride(-1)
 
 
 Features = Tokens | FeatureMaps

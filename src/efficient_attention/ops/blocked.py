@@ -1,9 +1,7 @@
 """Blocks of positions that fit the cache: exact, on any device, in memory that does not grow with N or M.
 
-Nothing of the size of the inputs is allocated except what is returned. Every operator walks over blocks of
-positions; sums over blocks are taken pairwise, so that their rounding grows with the logarithm of the length.
-The length of a block does not depend on the batch: a sample gets the same blocks whatever its batch mates are. (A
-library of products may still round a few short ones differently in another batch.)
+Nothing of the size of the inputs is allocated except what is returned. Every operator walks over blocks of positions
+(ops/blocks.py).
 
 Shapes: B batch (b of it at a time), H heads, N queries, M keys, n positions of a block, Dk key channels, Dv value
 channels. ``key_mask`` is bool ``[B or 1, H or 1, M]``. Gradients, with P = rho_k(K) and A = rho_q(Q)::
@@ -16,18 +14,14 @@ Under scaling A = Q and P = K / M have no softmax to correct for: d_q = G and d_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .blocks import Blocks, add_weighted, divisor, exponentials, fold, walk
 from .layout import empty_gradient, empty_output, is_channel_major, is_token_major
-from .planner import block_length, rows_per_block
 from .precision import accumulation_dtype
-
-Blocks = Sequence[slice]
-T = TypeVar("T")
 
 # Integers as wide as floating-point numbers of so many bytes.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -64,7 +58,7 @@ def _summarize_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weigh = _weigh_softmax if normalization == "softmax" else _weigh_scaling
     weighted, shift, total = weigh(key, value, mask, blocks)
-    mean = weighted.div_(_divisor(total).unsqueeze(-1))
+    mean = weighted.div_(divisor(total).unsqueeze(-1))
     return mean, total.log() + shift, shift, total
 
 
@@ -78,29 +72,17 @@ def _weigh_softmax(
         weights = _load(key, mask, n, -torch.inf)  # [b, H, n, Dk]
         # Where no key has any weight: -inf - -inf would be NaN.
         shift = weights.amax(-2).clamp_(min=lowest)  # [b, H, Dk]
-        weights = (weights - shift.unsqueeze(-2)).exp_()
+        weights = exponentials(weights, shift.unsqueeze(-2))
         return weights.mT @ _load(value, mask, n), shift, weights.sum(-2)
 
-    return _fold(_add_weighted, weigh, blocks)
-
-
-def _add_weighted(
-    a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums of two blocks, which are relative to the largest key of each, relative to the largest of both."""
-    shift = torch.maximum(a[1], b[1])
-    for weighted, own, total in (a, b):
-        ratio = (own - shift).exp_()
-        weighted.mul_(ratio.unsqueeze(-1))
-        total.mul_(ratio)
-    return a[0].add_(b[0]), shift, a[2].add_(b[2])
+    return fold(add_weighted, weigh, blocks)
 
 
 def _weigh_scaling(
     key: Tensor, value: Tensor, mask: Tensor | None, blocks: Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``sum_m k v``, no shift, and the number of keys."""
-    weighted = _fold(
+    weighted = fold(
         torch.Tensor.add_, lambda n: _load(key, mask, n).mT @ _load(value, mask, n), blocks
     )
     total = weighted.new_full(weighted.shape[:-1], key.shape[-2])
@@ -125,7 +107,7 @@ def summarize_backward(
     d_key, d_value = empty_gradient(key, needs[0]), empty_gradient(value, needs[1])
     softmax = normalization == "softmax"
     # Dividing d_mean by the total, of the size of a context, spares dividing every weight.
-    total = _divisor(total)
+    total = divisor(total)
     correction = (d_mean * mean).sum(-1)  # [B, H, Dk]
     if d_log_weight is not None:
         correction = correction - d_log_weight
@@ -137,7 +119,7 @@ def summarize_backward(
         for n in blocks:
             weights = _load(k, mask, n, -torch.inf if softmax else 0)
             if softmax:
-                weights = (weights - shift[rows].unsqueeze(-2)).exp_()
+                weights = exponentials(weights, shift[rows].unsqueeze(-2))
             if needs[1]:  # before d_key, so that only three blocks are alive at a time
                 d_value[rows, :, n] = weights @ d_mean[rows]
             if needs[0]:
@@ -214,7 +196,7 @@ def _pull_back_rows(
             d_query[:, :, n] = slope
         return weights.mT @ d_out if needs[1] else mean.new_empty(0)
 
-    return _fold(torch.Tensor.add_, pull_back, blocks)
+    return fold(torch.Tensor.add_, pull_back, blocks)
 
 
 def _pull_back_softmax_(slope: Tensor, weights: Tensor, num_groups: int) -> None:
@@ -241,21 +223,9 @@ def _product(a: Tensor, b: Tensor, channel_major: bool) -> Tensor:
 
 
 def _walk(x: Tensor, other_channels: int) -> list[tuple[slice, Blocks]]:
-    """Rows of the batch, and for each the blocks of positions of ``x [B, H, N, D]``; nothing if it is empty."""
+    """Rows of the batch, and for each the blocks of positions of ``x [B, H, N, D]``."""
     batch, heads, positions, channels = x.shape
-    length = block_length(heads, channels + other_channels)
-    rows = rows_per_block(heads, min(length, positions), channels + other_channels)
-    blocks = [slice(start, start + length) for start in range(0, positions, length)]
-    starts = range(0, batch if blocks else 0, rows)
-    return [(slice(start, start + rows), blocks) for start in starts]
-
-
-def _fold(combine: Callable[[T, T], T], part: Callable[[slice], T], blocks: Blocks) -> T:
-    """``combine`` of ``part`` of every block, pairwise as a balanced tree."""
-    if len(blocks) == 1:
-        return part(blocks[0])
-    half = len(blocks) // 2
-    return combine(_fold(combine, part, blocks[:half]), _fold(combine, part, blocks[half:]))
+    return walk(batch, heads, positions, channels + other_channels)
 
 
 def _load(x: Tensor, mask: Tensor | None, positions: slice, fill: float = 0) -> Tensor:
@@ -280,8 +250,3 @@ def _block(x: Tensor, positions: slice) -> Tensor:
 
 def _mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[rows]
-
-
-def _divisor(total: Tensor) -> Tensor:
-    """The total weight, or 1 where nothing has any: the heaviest key alone weighs 1, as does each that is counted."""
-    return total.clamp(min=1)

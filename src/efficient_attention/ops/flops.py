@@ -38,12 +38,53 @@ def attend_backward_flops(d_output_shape, query_shape, mean_shape, *others, **__
     return sum(needs) * attend_flops(query_shape, mean_shape)
 
 
+def folded_flops(
+    x_shape, source_shape, mask_shape, weight_shapes, biases, norm, num_heads, *_, **__
+):
+    (key_channels, in_channels), (_, source_channels), (value_channels, _), _ = weight_shapes
+    batch, _, queries = x_shape
+    keys = queries if source_shape is None else source_shape[2]
+    # Each side projects and multiplies by a context; the projections of values and outputs meet contexts only.
+    positions = 2 * key_channels * (queries * in_channels + keys * source_channels)
+    head = value_channels // num_heads
+    return 2 * batch * (positions + key_channels * head * (in_channels + source_channels))
+
+
+def folded_backward_flops(
+    d_output_shape,
+    x_shape,
+    source_shape,
+    mask_shape,
+    weight_shapes,
+    biases,
+    norm,
+    num_heads,
+    *others,
+    **__,
+):
+    (key_channels, in_channels), (_, source_channels), (value_channels, _), _ = weight_shapes
+    needs_x, needs_source, needs_parameters = others[-1]
+    batch, _, queries = x_shape
+    keys = queries if source_shape is None else source_shape[2]
+    needs_source = needs_x if source_shape is None else needs_source
+    # Queries, the gradients of their softmax and of the context; keys and the gradients of their softmax.
+    query_side = queries * in_channels * (3 + needs_x + needs_parameters)
+    key_side = keys * source_channels * (2 + 2 * needs_source + needs_parameters)
+    head = value_channels // num_heads
+    # The context is folded again; each fold has two gradients.
+    contexts = 3 * key_channels * head * (in_channels + source_channels)
+    return 2 * batch * (key_channels * (query_side + key_side) + contexts)
+
+
 def _register(counter: ModuleType) -> None:
     operators = torch.ops.efficient_attention
     counter.register_flop_formula(operators.summarize)(summarize_flops)
     counter.register_flop_formula(operators.summarize_backward)(summarize_backward_flops)
     counter.register_flop_formula(operators.attend)(attend_flops)
     counter.register_flop_formula(operators.attend_backward)(attend_backward_flops)
+    counter.register_flop_formula(operators.folded)(folded_flops)
+    counter.register_flop_formula(operators.folded_)(folded_flops)
+    counter.register_flop_formula(operators.folded_backward)(folded_backward_flops)
 
 
 class _RegisterOnImport(importlib.abc.MetaPathFinder):

@@ -5,11 +5,14 @@ Shapes: B batch, H heads, N queries, M keys, Dk key channels, Dv value channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import library, reference
+from . import blocked, library, reference, small
 from .arguments import (
     canonical_mask,
     check_attention_shapes,
@@ -79,6 +82,10 @@ def efficient_attention(
 
     Paper: Shen et al. 2021, Sec. 3.2.
     """
+    if key_mask is None and backend == "auto":
+        output = small.efficient_attention(query, key, value, normalization, order)
+        if output is not None:
+            return output
     check_option("order", order, ("auto", *OPERATOR_ORDERS))
     check_option("backend", backend, BACKENDS)
     check_option("normalization", normalization, NORMALIZATIONS)
@@ -96,8 +103,9 @@ def efficient_attention(
                 value_channels=value.shape[3],
             )
     if order == "linear":
-        mean, *_ = _summarize(key, value, mask, normalization, backend)
-        return _attend(query, mean, normalization, 1, backend)
+        run_summarize, run_attend = _operators(backend, query, key, value)
+        mean, *_ = run_summarize(key, value, mask, normalization)
+        return run_attend(query, mean, normalization, 1)
     if backend in LINEAR_BACKENDS:
         raise NotImplementedError(
             f"backend={backend!r} computes order='linear' only; for order='quadratic' use backend='auto'"
@@ -147,7 +155,8 @@ def summarize(
     check_like("value", value, "key", key)
     check_shape("value", value, (*key.shape[:3], None), "[B, H, M, Dv]", "key's B, H, M")
     mask = canonical_mask(key_mask, key)
-    mean, log_weight, *_ = _summarize(key, value, mask, normalization, backend)
+    run, _ = _operators(backend, key, value)
+    mean, log_weight, *_ = run(key, value, mask, normalization)
     return Context(mean, log_weight)
 
 
@@ -205,7 +214,8 @@ def attend(
     check_size("num_groups", num_groups)
     if query.shape[-1] % num_groups:
         raise ValueError(f"num_groups must divide query's Dk = {query.shape[-1]}; got {num_groups}")
-    return _attend(query, mean, normalization, num_groups, backend)
+    _, run = _operators(backend, query, mean)
+    return run(query, mean, normalization, num_groups)
 
 
 def dot_product_attention(
@@ -312,32 +322,22 @@ def cheapest_order(
     return cheapest(costs)
 
 
-def _summarize(
-    key: Tensor, value: Tensor, mask: Tensor | None, normalization: str, backend: str
-) -> tuple[Tensor, ...]:
-    if _is_plain(backend):
-        return reference.summarize(key, value, mask, normalization)
-    return library.summarize(key, value, mask, normalization, backend=backend)
-
-
-def _attend(
-    query: Tensor, mean: Tensor, normalization: str, num_groups: int, backend: str
-) -> Tensor:
-    if _is_plain(backend):
-        return reference.attend(query, mean, normalization, num_groups)
-    return library.attend(query, mean, normalization, num_groups, backend=backend)
-
-
-def _is_plain(backend: str) -> bool:
-    """Whether the plain equations serve the call; an error if a backend was named that cannot."""
+def _operators(backend: str, *tensors: Tensor) -> tuple[Callable, Callable]:
+    """The ``summarize`` and ``attend`` that serve the call; an error if a backend was named that cannot."""
     if backend == "reference":
-        return True
+        return reference.summarize, reference.attend
+    if backend != "triton" and small.nobody_watches(*tensors):
+        # What the dispatcher would come to.
+        return blocked.summarize, blocked.attend
     reason = library.serves_plain_tensors_only()
     if reason is not None and backend != "auto":
         raise NotImplementedError(f"backend={backend!r}: {reason}; use backend='auto'")
     # A program that is exported or traced must run where this package is not installed.
     recorded = torch.compiler.is_exporting() or is_traced()
-    return reason is not None or (backend == "auto" and recorded)
+    if reason is not None or (backend == "auto" and recorded):
+        return reference.summarize, reference.attend
+    named = {"backend": backend}
+    return partial(library.summarize, **named), partial(library.attend, **named)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

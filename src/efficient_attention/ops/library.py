@@ -1,9 +1,9 @@
 """The private operators: schemas, shapes and gradients, for PyTorch's dispatcher, compiler and exporters.
 
-``torch.ops.efficient_attention.{summarize, attend}`` and their backwards are the seam between the public functions
-and the implementations; the dispatcher picks one by device, unless ``backend`` names it. Arguments arrive checked by
-functional.py. ``needs`` says which of its two gradients a backward is asked for; the other is neither computed nor
-allocated, but empty.
+``torch.ops.efficient_attention.{summarize, attend, folded}`` and their backwards are the seam between the public
+functions and modules and the implementations; the dispatcher picks one by device, unless ``backend`` names it.
+Arguments arrive checked by functional.py. ``needs`` says which of its gradients a backward is asked for; the others are
+neither computed nor allocated, but empty.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocked, reference
+from . import blocked, reference, streamed
 from .flops import register_when_counting
 from .layout import empty_gradient, empty_output
 from .precision import accumulation_dtype, without_autocast
@@ -28,6 +28,7 @@ from .tiling import why_not
 AUTO_ON_CUDA = "blocked"
 
 _LIBRARY = torch.library.Library("efficient_attention", "DEF")
+_MODULE = "Tensor? key_mask, Tensor[] weights, Tensor?[] biases, str normalization, int num_heads, bool residual"
 _SCHEMAS = {
     "summarize": "(Tensor key, Tensor value, Tensor? key_mask, str normalization, *, "
     "str backend='auto') -> (Tensor mean, Tensor log_weight, Tensor shift, Tensor total)",
@@ -38,6 +39,11 @@ _SCHEMAS = {
     "-> Tensor output",
     "attend_backward": "(Tensor d_output, Tensor query, Tensor mean, str normalization, int num_groups, "
     "bool[2] needs, *, str backend='auto') -> (Tensor d_query, Tensor d_mean)",
+    "folded": f"(Tensor x, Tensor? source, {_MODULE}) "
+    "-> (Tensor output, Tensor pooled, Tensor shift, Tensor total, Tensor column_sums)",
+    "folded_": f"(Tensor(a!) x, Tensor? source, {_MODULE}) -> ()",
+    "folded_backward": f"(Tensor d_output, Tensor x, Tensor? source, {_MODULE}, Tensor pooled, Tensor shift, "
+    f"Tensor total, Tensor column_sums, bool[3] needs) -> ({', '.join(['Tensor'] * 10)})",
 }
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -47,6 +53,9 @@ summarize = _ops.summarize.default
 summarize_backward = _ops.summarize_backward.default
 attend = _ops.attend.default
 attend_backward = _ops.attend_backward.default
+folded = _ops.folded.default
+folded_ = _ops.folded_.default
+folded_backward = _ops.folded_backward.default
 
 
 def serves_plain_tensors_only() -> str | None:
@@ -103,7 +112,10 @@ _SIZES: dict[str, Callable[..., tuple[Tensor, Tensor, int]]] = {
 
 
 def _by(automatic: str, name: str) -> Callable:
-    """An operator by the backend that is named; for ``"auto"`` by ``automatic`` where that serves the call."""
+    """An operator by the backend that is named; for ``"auto"`` by ``automatic`` where that serves the call.
+
+    Like :func:`_in_own_precision`, it keeps an active autocast out.
+    """
 
     @functools.wraps(getattr(blocked, name))
     def run(*args: Any, backend: str = "auto") -> Any:
@@ -113,16 +125,30 @@ def _by(automatic: str, name: str) -> Callable:
             if backend == "triton":
                 raise NotImplementedError(f"backend='triton': {reason}; use backend='auto'")
             chosen = "blocked"
-        # An active autocast must not choose the precision of products inside.
         with without_autocast(x.device):
             return getattr(_implementation(chosen), name)(*args)
 
     return run
 
 
+def _in_own_precision(kernel: Callable) -> Callable:
+    """Keep an active autocast from choosing the precision of the products inside a kernel."""
+
+    @functools.wraps(kernel)
+    def guarded(x: Tensor, *args: Any) -> Any:
+        with without_autocast(x.device):
+            return kernel(x, *args)
+
+    return guarded
+
+
 for _name in _SCHEMAS:
-    _LIBRARY.impl(_name, _by("blocked", _name), "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _by(AUTO_ON_CUDA, _name), "CUDA")
+    if _name.startswith("folded"):
+        _kernel = _in_own_precision(getattr(streamed, _name))
+        _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    else:
+        _LIBRARY.impl(_name, _by("blocked", _name), "CompositeExplicitAutograd")
+        _LIBRARY.impl(_name, _by(AUTO_ON_CUDA, _name), "CUDA")
 
 
 @torch.library.register_fake("efficient_attention::summarize", lib=_LIBRARY)
@@ -160,6 +186,31 @@ def _(query, mean, normalization, num_groups, *, backend="auto"):
 @torch.library.register_fake("efficient_attention::attend_backward", lib=_LIBRARY)
 def _(d_output, query, mean, normalization, num_groups, needs, *, backend="auto"):
     return empty_gradient(query, needs[0]), empty_gradient(mean, needs[1])
+
+
+@torch.library.register_fake("efficient_attention::folded", lib=_LIBRARY)
+def _(x, source, key_mask, weights, biases, normalization, num_heads, residual):
+    dtype = accumulation_dtype(x.dtype)
+    key_channels, channels = weights[1].shape
+    pooled = x.new_empty(x.shape[0], key_channels, channels, dtype=dtype)
+    numbers = [x.new_empty(x.shape[0], key_channels, dtype=dtype) for _ in range(3)]
+    return torch.empty_like(x), pooled, *numbers
+
+
+@torch.library.register_fake("efficient_attention::folded_", lib=_LIBRARY)
+def _(x, *_):
+    return None
+
+
+@torch.library.register_fake("efficient_attention::folded_backward", lib=_LIBRARY)
+def _(d_output, x, source, key_mask, weights, biases, *others):
+    needs = others[-1]
+    d_source = x.new_empty(0) if source is None else empty_gradient(source, needs[1])
+    parameters = (
+        x.new_empty(0) if p is None else x.new_empty(p.shape if needs[2] else 0)
+        for p in (*weights, *biases)
+    )
+    return empty_gradient(x, needs[0]), d_source, *parameters
 
 
 class _Summarize(torch.autograd.Function):
@@ -222,8 +273,60 @@ class _Attend(torch.autograd.Function):
         return *gradients, None, None, None
 
 
+class _Folded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, options, x, source, key_mask, *parameters):
+        weights, biases = parameters[:4], parameters[4:]
+        with torch._C._AutoDispatchBelowAutograd():
+            output, *summary = folded(x, source, key_mask, weights, biases, *options)
+        ctx.save_for_backward(x, source, key_mask, *parameters, *summary)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*summary)
+        return output, *summary
+
+    @staticmethod
+    def backward(ctx, d_output, *_):
+        if d_output is None:
+            return (None,) * 12
+        x, source, key_mask, *saved = ctx.saved_tensors
+        parameters, summary = saved[:8], saved[8:]
+        needs = ctx.needs_input_grad[1:3]
+        inputs, needed = (x, source, *parameters), (*needs, *ctx.needs_input_grad[4:])
+        if torch.is_grad_enabled():  # the gradient itself will be differentiated
+            gradients = _pull_back_module(inputs, key_mask, ctx.options, d_output, needed)
+        else:
+            weights, biases = parameters[:4], parameters[4:]
+            module = (x, source, key_mask, weights, biases, *ctx.options)
+            asked = (*needs, any(needed[2:]))
+            gradients = _needed(folded_backward(d_output, *module, *summary, asked), needed)
+        return None, *gradients[:2], None, *gradients[2:]
+
+
+def _pull_back_module(
+    inputs: tuple[Tensor | None, ...],
+    key_mask: Tensor | None,
+    options: tuple[str, int, bool],
+    d_output: Tensor,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the plain module; that of the key bias is zero under softmax, not rounding noise."""
+    key_bias = 7
+    idle = options[0] == "softmax" and needed[key_bias]
+
+    def plain(x: Tensor, source: Tensor | None, *parameters: Tensor) -> Tensor:
+        return reference.module(x, source, key_mask, parameters[:4], parameters[4:], *options)
+
+    differentiable = [n and not (idle and i == key_bias) for i, n in enumerate(needed)]
+    gradients = list(_pull_back(plain, inputs, d_output, differentiable))
+    bias = inputs[key_bias]
+    if idle and bias is not None:
+        gradients[key_bias] = torch.zeros_like(bias)
+    return tuple(gradients)
+
+
 def _pull_back(
-    function: Callable, inputs: tuple[Tensor, ...], d_outputs: Any, needs: Sequence[bool]
+    function: Callable, inputs: tuple[Tensor | None, ...], d_outputs: Any, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of ``function(*inputs)`` with respect to the inputs that need one."""
 
@@ -255,6 +358,29 @@ def _differentiable(
     return dispatch
 
 
+def _differentiable_module(
+    x: Tensor,
+    source: Tensor | None,
+    key_mask: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    # Reached from compiled programs too: without this a tangent would be lost without a word.
+    if torch.autograd.forward_ad._current_level >= 0:
+        return _plain_module(x, source, key_mask, weights, biases, *options)
+    given = (x, source, *weights, *biases)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        return _Folded.apply(options, x, source, key_mask, *weights, *biases)
+    with torch._C._AutoDispatchBelowAutograd():
+        return folded(x, source, key_mask, weights, biases, *options)
+
+
+def _plain_module(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    # Only the backward operator asks for the summary, which runs for plain tensors alone.
+    return reference.module(x, *args), *(x.new_empty(0) for _ in range(4))
+
+
 def _plain_summarize(key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
     mean, log_weight = reference.summarize(key, value, *args)
     # Only the backward operator asks for these, which runs for plain tensors alone.
@@ -262,6 +388,7 @@ def _plain_summarize(key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ..
 
 
 _LIBRARY.impl("summarize", _differentiable(summarize, _Summarize, _plain_summarize), "Autograd")
+_LIBRARY.impl("folded", _differentiable_module, "Autograd")
 _LIBRARY.impl("attend", _differentiable(attend, _Attend, reference.attend), "Autograd")
 
 

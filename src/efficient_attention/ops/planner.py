@@ -30,6 +30,10 @@ FOLDS_OUTPUT = ("folded_output", "folded")
 BLOCK_BYTES = 4 << 20
 SHORTEST_BLOCK = 256
 
+# Starting an operator costs as much as computing some ten thousand numbers: below this many bytes of queries, keys and
+# values, problems are computed in few operators rather than in little memory.
+SMALL_BYTES = 1 << 20
+
 # Beside a mean: its log_weight, and the largest key and the sum relative to it for the backward pass.
 _CONTEXT_WEIGHTS = 3
 
@@ -103,6 +107,7 @@ def module_costs(
     value_channels: int,
     source_channels: int | None = None,
     column_sums: bool = False,
+    streamed: bool = False,
     batch: int = 1,
     heads: int = 1,
     itemsize: int = 4,
@@ -118,6 +123,8 @@ def module_costs(
         source_channels: channels of the positions that are attended to; ``None``: ``in_channels``.
         column_sums: whether to fold the values takes the sums of rho_k(K) over positions, in a pass of their own. It
             does if the values have a bias, and the sums are not one: under ``normalization="scaling"``.
+        streamed: whether the folded order runs as one operator over blocks of positions, in which projections never
+            exist as a whole and column sums are no product.
         batch: B.
         heads: H.
         itemsize: bytes of one stored number.
@@ -170,6 +177,20 @@ def module_costs(
         )
         return Cost(batch * multiply_adds, alive + batch * context)
 
+    def stream() -> Cost:
+        # Products with a context are of its size; positions are projected and multiplied once on each side.
+        multiply_adds = 2 * projected + dk * head * (s + c)
+        context = dk * (s + _CONTEXT_WEIGHTS + 1) * sums
+        return Cost(
+            batch * multiply_adds,
+            batch * context
+            + max(
+                streamed_bytes(batch, keys, s, dk, 1, itemsize, contexts=1),
+                streamed_bytes(batch, queries, c, dk, heads, itemsize)
+                + batch * dk * (head + c) * sums,
+            ),
+        )
+
     attention = queries * keys * (dk + dv)
     everything = (keys * (dk + dv) + queries * (dk + dv)) * itemsize
     weights = (heads * queries * keys + (queries + keys) * dk) * sums
@@ -181,7 +202,7 @@ def module_costs(
         ),
         "folded_values": linear("values folded", "output"),
         "folded_output": linear("values", "output folded"),
-        "folded": linear("values folded", "output folded"),
+        "folded": stream() if streamed else linear("values folded", "output folded"),
     }
 
 
@@ -212,6 +233,18 @@ def crossover(key_channels: int, value_channels: int) -> float:
     return 2 * key_channels * value_channels / (key_channels + value_channels)
 
 
+def quadratic_is_cheaper(queries: int, keys: int, key_channels: int, value_channels: int) -> bool:
+    """Whether :func:`operator_costs` has fewer multiply-adds for the quadratic order than for the linear one."""
+    quadratic = queries * keys * (key_channels + value_channels)
+    return quadratic < (queries + keys) * key_channels * value_channels
+
+
+def is_small(maps: int, queries: int, keys: int, key_channels: int, value_channels: int) -> bool:
+    """Whether starting operators is what attention of so many maps (batch times heads) mostly costs."""
+    numbers = maps * (queries * key_channels + keys * (key_channels + value_channels))
+    return 4 * numbers <= SMALL_BYTES
+
+
 def block_length(heads: int, channels: int) -> int:
     """Positions in one block of the blocked path: a power of two that depends on neither batch nor length."""
     affordable = BLOCK_BYTES // (4 * max(1, heads * channels))
@@ -236,3 +269,28 @@ def block_bytes(
     whole = (rows, length) == (batch, positions)
     held = key_channels if whole else key_channels + max(key_channels, value_channels)
     return rows * heads * length * held * itemsize
+
+
+def streamed_bytes(
+    batch: int,
+    positions: int,
+    channels: int,
+    key_channels: int,
+    heads: int,
+    itemsize: int,
+    *,
+    pages: int = 1,
+    contexts: int = 0,
+) -> int:
+    """What the streamed module holds while it walks over blocks of one side.
+
+    Pages of ``key_channels`` for each position of a block, in low precision twice, and one number for each head;
+    ``contexts`` of each sum over blocks that is not yet complete.
+    """
+    sums = max(itemsize, 4)
+    width = key_channels * (sums + itemsize % sums)
+    length = min(block_length(1, key_channels + channels), positions)
+    rows = min(rows_per_block(1, length, key_channels + channels), batch)
+    incomplete = 1 + (-(-positions // max(1, length)) - 1).bit_length()
+    partial = contexts * incomplete * key_channels * channels * sums
+    return rows * (length * (pages * width + heads * sums) + partial)

@@ -7,6 +7,8 @@ defaulted by functional.py. Shapes: B batch, H heads, N queries, M keys, Dk key 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,37 @@ def attention_weights(
     """``rho_q(Q) rho_k(K)^T``: what every query takes from every position, ``[B, H, N, M]``."""
     keys = normalized_keys(key, key_mask, normalization)
     return matmul(normalized_queries(query, normalization), keys.transpose(-1, -2))
+
+
+def module(
+    x: Tensor,
+    source: Tensor | None,
+    key_mask: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    normalization: str,
+    num_heads: int,
+    residual: bool,
+) -> Tensor:
+    """Attention between projections, with nothing folded: ``x [B, C, N]`` attends to ``source [B, S, M]`` or itself.
+
+    ``weights`` and ``biases`` are of queries, keys, values and output, ``[out, in]`` and ``[out]``; ``key_mask`` is
+    ``[B or 1, M]``.
+    """
+    attended = x if source is None else source
+
+    def project(i: int, y: Tensor) -> Tensor:
+        y, bias = matmul(weights[i].to(y.dtype), y), biases[i]
+        return y if bias is None else y + bias.to(y.dtype).unsqueeze(-1)
+
+    query, key, value = (
+        project(i, y).unflatten(1, (num_heads, -1)).mT  # [B, h, positions, channels / h]
+        for i, y in enumerate((x, attended, attended))
+    )
+    mask = None if key_mask is None else key_mask.unsqueeze(1)
+    mean, _ = summarize(key, value, mask, normalization)
+    y = project(3, attend(query, mean, normalization).mT.flatten(1, 2))
+    return x + y if residual else y
 
 
 def normalized_queries(query: Tensor, normalization: str) -> Tensor:

@@ -64,7 +64,7 @@ def plan(
         >>> planned = plan(model, torch.randn(1, 3, 514, 514), places="0", budget="8 GiB")
         >>> for kind, cost in planned.places[0].costs.items():
         ...     print(kind, f"{cost.multiply_adds:.1e}", f"{cost.inference / 2**30:.1f} GiB", planned.fits(cost))
-        efficient 2.1e+09 0.2 GiB training
+        efficient 2.1e+09 0.1 GiB training
         explicit 6.6e+12 512.2 GiB nothing
         fused 8.8e+12 0.4 GiB training
 

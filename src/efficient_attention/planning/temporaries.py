@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.planner import block_length, rows_per_block
+from ..ops.planner import block_length, rows_per_block, streamed_bytes
 
 _aten, _ours = torch.ops.aten, torch.ops.efficient_attention
 
@@ -155,6 +155,35 @@ def _attend_backward(args: Sequence[Any], result: Any) -> int:
     return _nbytes(result) + _Blocks(query, mean.shape[-1]).bytes_of(channels)
 
 
+def _folded(args: Sequence[Any], result: Any) -> int:
+    x, source, _, (_, keys, values, _), _, _, num_heads, _ = args
+    source = x if source is None else source
+    sums, head = max(4, x.element_size()), len(values) // num_heads
+    return _nbytes(result) + max(
+        _streamed(source, keys, 1, contexts=1),
+        _streamed(x, keys, num_heads) + sums * len(x) * len(keys) * (head + x.shape[1]),
+    )
+
+
+def _folded_backward(args: Sequence[Any], result: Any) -> int:
+    _, x, source, _, (_, keys, *_), _, _, num_heads, *_ = args
+    source = x if source is None else source
+    context = max(4, x.element_size()) * len(x) * len(keys) * x.shape[1]
+    parameters = _nbytes(result[2:])
+    images = _nbytes(result[:2])
+    query_side = _streamed(x, keys, num_heads, pages=3, contexts=2) + 4 * context
+    return images + max(
+        query_side, _streamed(source, keys, 0, pages=2, contexts=1) + 9 * context, parameters
+    )
+
+
+def _streamed(x: Tensor, weight: Tensor, heads: int, **held: int) -> int:
+    batch, channels, positions = x.shape
+    return streamed_bytes(
+        batch, positions, channels, weight.shape[0], heads, x.element_size(), **held
+    )
+
+
 class _Blocks:
     """Blocks of positions of ``x [B, H, N, D]``, and of as many with other channels."""
 
@@ -186,4 +215,6 @@ _COUNTS: dict[Any, Callable[[Sequence[Any], Any], int]] = {
     _ours.summarize_backward: _summarize_backward,
     _ours.attend: _attend,
     _ours.attend_backward: _attend_backward,
+    _ours.folded: _folded,
+    _ours.folded_backward: _folded_backward,
 }

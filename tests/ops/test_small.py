@@ -1,0 +1,100 @@
+"""Small problems: the same values, gradients and errors as every other, in few operators."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from efficient_attention import efficient_attention
+from efficient_attention.ops import planner, small
+from efficient_attention.testing import (
+    assert_as_precise_as_plain,
+    make_inputs,
+    plain_attention,
+)
+
+
+def served(*inputs, normalization="softmax", order="auto"):
+    return small.efficient_attention(*inputs, normalization, order)
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+@pytest.mark.parametrize("lengths", [(3, 4), (37, 53), (0, 5)])
+def test_values_are_those_of_the_oracle(normalization, lengths):
+    inputs = make_inputs(2, 3, *lengths)
+    expected = efficient_attention(*inputs, normalization=normalization, backend="reference")
+    for order in ("auto", "linear"):
+        got = served(*inputs, normalization=normalization, order=order)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sums_are_kept_in_float32(dtype):
+    inputs = make_inputs(dtype=dtype)
+    truth = plain_attention(*(x.double() for x in inputs))
+    assert_as_precise_as_plain(served(*inputs), plain_attention(*inputs), truth)
+    assert served(*inputs).dtype == dtype
+
+
+def test_a_channel_without_any_weight_gives_zero():
+    query, key, value = make_inputs()
+    key[:, :, :, 3] = -torch.inf
+    assert served(query, key, value) is None
+    expected = efficient_attention(query, key, value, backend="reference", order="linear")
+    torch.testing.assert_close(efficient_attention(query, key, value), expected, rtol=0, atol=1e-12)
+    assert expected.isfinite().all()
+
+
+def test_what_is_not_right_is_left_to_whoever_says_so():
+    query, key, value = make_inputs()
+    for wrong in (
+        (query, key[:, :1], value),
+        (query, key, value[:, :, :1]),
+        (query.float(), key, value),
+        (query.long(), key.long(), value.long()),
+        (query[0], key[0], value[0]),
+        (query.tolist(), key, value),
+        (torch.nn.Parameter(query), key, value),
+        (query.to("meta"), key.to("meta"), value.to("meta")),
+        (query.mT.contiguous().mT, key, value),
+        (query.transpose(1, 2).contiguous().transpose(1, 2), key, value),
+    ):
+        assert served(*wrong) is None
+    assert served(query, key, value, normalization="other") is None
+    assert served(query, key, value, order="quadratic") is None
+    with pytest.raises(ValueError, match="normalization must be one of"):
+        efficient_attention(query, key, value, normalization="other")
+
+
+def test_large_problems_and_those_that_somebody_watches_are_left_alone():
+    inputs = make_inputs(1, 8, 4096, 4096, 32, 32, dtype=torch.float32)
+    assert served(*inputs) is None
+    inputs = make_inputs()
+    assert served(*inputs) is not None
+    with TorchDispatchMode():
+        assert served(*inputs) is None
+    with torch.autocast("cpu"):
+        assert served(*inputs) is None
+    with torch.autograd.forward_ad.dual_level():
+        assert served(*inputs) is None
+    assert torch.func.vmap(lambda q: torch.tensor(served(q, q, q) is None))(inputs[0][None])
+    inputs[0].requires_grad_()
+    assert served(*inputs) is None
+    with torch.no_grad():
+        assert served(*inputs) is not None
+
+
+def test_the_order_is_that_of_the_planner():
+    for sizes in ((10, 20, 3, 4), (100, 3, 8, 8), (63, 63, 64, 64), (64, 64, 64, 64)):
+        names = ("queries", "keys", "key_channels", "value_channels")
+        costs = planner.operator_costs(**dict(zip(names, sizes, strict=True)))
+        cheaper = costs["quadratic"].multiply_adds < costs["linear"].multiply_adds
+        assert planner.quadratic_is_cheaper(*sizes) == cheaper
+
+
+def test_few_operators_run():
+    # A budget of operators rather than of time: softmax twice, two products, and the search for empty channels.
+    inputs = make_inputs(dtype=torch.float32)
+    with torch.profiler.profile() as profile:
+        efficient_attention(*inputs)
+    called = [e for e in profile.events() if e.cpu_parent is None]
+    assert len(called) <= 10, [e.name for e in called]
