@@ -9,8 +9,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from .errors import InputError
@@ -91,38 +91,19 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    with _training_installed():
-        from .training import command
-    command.run(options.command, options.arguments)
-
-
-def _bench_experiment(options: argparse.Namespace) -> None:
-    with _training_installed():
-        from .benchmark.comparison import compare
-    compare(
-        options.file,
-        seeds=options.seeds,
-        output=options.output,
-        runs=options.runs,
-        jobs=options.jobs,
-        report=lambda line: print(line, flush=True),
-    )
-
-
-@contextmanager
-def _training_installed() -> Iterator[None]:
     try:
-        yield
+        from .training import command
     except ModuleNotFoundError as error:
         message = f"training needs {error.name}: pip install 'efficient-attention[train]'"
         raise ImportError(message) from error
+    command.run(options.command, options.arguments)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _build_parser()
     options, rest = parser.parse_known_args(arguments)
     # The recipes' own parser knows what may follow, and is built when it is needed.
-    if options.run is _train:
+    if hasattr(options, "arguments"):
         options.arguments = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -185,40 +166,17 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
         ("test", "evaluate a network on the test data of a recipe"),
         ("predict", "write what a network predicts for the data of a recipe"),
     ):
-        _add_command(commands, name, _train, summary, add_help=False)
+        parser = _add_command(commands, name, _train, summary, add_help=False)
+        parser.set_defaults(arguments=())
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
+    from .benchmark.command import add_subjects
+
     bench = commands.add_parser(
         "bench", help="measure, and record it", description="Measure, and record it."
     )
-    subjects = bench.add_subparsers(title="subjects", metavar="SUBJECT", required=True)
-    parser = _add_command(
-        subjects,
-        "experiment",
-        _bench_experiment,
-        "train variants of a recipe under several seeds, and compare them",
-    )
-    parser.set_defaults(command="bench experiment")
-    parser.add_argument("file", metavar="FILE", help="such as recipes/experiments/insertion.yaml")
-    parser.add_argument(
-        "--seeds", nargs="+", type=_integer(0), metavar="N", help="default: those of the file"
-    )
-    parser.add_argument(
-        "--output",
-        default="benchmarks/results/experiments",
-        metavar="DIR",
-        help="folder for the record (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--runs",
-        default="runs/experiments",
-        metavar="DIR",
-        help="folder of the runs, which go on where they were (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--jobs", type=_integer(1), default=1, metavar="N", help="runs at a time (default: 1)"
-    )
+    add_subjects(bench, integer=_integer, report=lambda line: print(line, flush=True))
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

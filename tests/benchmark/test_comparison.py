@@ -130,7 +130,7 @@ def test_runs_of_different_variants_are_different(finished):
 def test_progress_and_a_table_are_reported(finished):
     _, lines = finished
     assert lines[0] == "4 runs, of which 0 are done"
-    assert sum(": done, " in line for line in lines) == 4
+    assert sum(", seed" in line and ": top1 " in line for line in lines) == 4
     assert comparison_table(record(finished[0])) in lines[-1]
 
 
@@ -180,6 +180,13 @@ def test_a_run_that_fails_is_named_and_nothing_is_recorded(folder, capsys):
 def test_a_score_that_is_none_is_told_with_those_there_are(folder):
     prepare(folder, score="top11")
     with pytest.raises(InputError, match=r"one of \['top1', 'top5', 'samples'\]; got 'top11'"):
+        compare("tiny.yaml", output="records", runs="runs")
+
+
+def test_a_training_that_diverged_is_named(folder):
+    path = min(folder.glob("runs/*-seed1/test.jsonl"))
+    path.write_text('{"top1": NaN}\n')
+    with pytest.raises(InputError, match=r"seed 1: top1 must be finite; got nan \(see runs/"):
         compare("tiny.yaml", output="records", runs="runs")
 
 

@@ -43,7 +43,8 @@ def compare(
         The path of the record. It is written when all runs are done, and has each run's scores and seconds.
 
     Raises:
-        InputError: a file that cannot be used, a run that fails, a score that ``test`` does not give.
+        InputError: a file that cannot be used, a run that fails, a score that ``test`` does not give or that is not
+            finite.
 
     Paper: Shen et al. 2021, Sec. 4, compares variants so, by single runs.
     """
@@ -51,7 +52,7 @@ def compare(
     if seeds is not None:
         experiment = experiment.with_seeds(list(seeds))
     planned = _plan(experiment, Path(runs))
-    _finish(planned, jobs, report)
+    _finish(planned, experiment.score, jobs, report)
     record = _record(experiment, planned, Path(file).read_text())
     path = Path(output) / f"{experiment.name}.json"
     write_record(path, record)
@@ -74,22 +75,24 @@ def _plan(experiment: Experiment, runs: Path) -> dict[tuple[str, int], Run]:
     }
 
 
-def _finish(planned: dict[tuple[str, int], Run], jobs: int, report: Callable[[str], None]) -> None:
-    """Do what is not done; no more after the first that fails."""
-    left = {key: run for key, run in planned.items() if not run.done}
-    report(f"{len(planned)} runs, of which {len(planned) - len(left)} are done")
-    # Two variants that say the same are one run.
-    unique = {run.folder: (key, run) for key, run in left.items()}
+def _finish(
+    planned: dict[tuple[str, int], Run], score: str, jobs: int, report: Callable[[str], None]
+) -> None:
+    """Do what is not done; begin no more behind the first that fails."""
+    done = sum(run.done for run in planned.values())
+    report(f"{len(planned)} runs, of which {done} are done")
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(run.finish): (key, run) for key, run in unique.values()}
+        futures = {pool.submit(run.finish): key for key, run in planned.items()}
         try:
             for future in as_completed(futures):
-                (variant, seed), run = futures[future]
+                variant, seed = futures[future]
+                run = planned[variant, seed]
                 try:
                     future.result()
+                    value = run.score(score)
                 except InputError as error:
                     raise InputError(f"variant {variant!r}, seed {seed}: {error}") from error
-                report(f"{variant}, seed {seed}: done, {run.folder}")
+                report(f"{variant}, seed {seed}: {score} {value:.4g}, {run.folder}")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -98,7 +101,7 @@ def _record(
     experiment: Experiment, planned: dict[tuple[str, int], Run], text: str
 ) -> dict[str, Any]:
     scores = {
-        variant: {seed: _score(experiment, planned[variant, seed]) for seed in experiment.seeds}
+        variant: {seed: planned[variant, seed].score(experiment.score) for seed in experiment.seeds}
         for variant in experiment.variants
     }
     baseline = scores[experiment.baseline]
@@ -128,13 +131,3 @@ def _record(
         "variants": variants,
         "provenance": describe(),
     }
-
-
-def _score(experiment: Experiment, run: Run) -> float:
-    scores = run.scores()
-    if not isinstance(scores.get(experiment.score), int | float):
-        numbers = [name for name, value in scores.items() if isinstance(value, int | float)]
-        raise InputError(
-            f"score must be a number that test gives, one of {numbers}; got {experiment.score!r}"
-        )
-    return float(scores[experiment.score])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import subprocess
 import sys
@@ -73,7 +74,10 @@ class Run:
         Raises:
             InputError: a process failed; its last line, and where to read more.
         """
+        if self.done:
+            return self.scores()
         with self._alone() as lock:
+            # Whoever was at it may have done it.
             notes = self._notes()
             for stage in _STAGES:
                 if stage not in notes["stages"]:
@@ -84,6 +88,24 @@ class Run:
     def scores(self) -> dict[str, Any]:
         """What ``test`` has found."""
         return json.loads((self.folder / "test.jsonl").read_text().splitlines()[-1])
+
+    def score(self, name: str) -> float:
+        """One of the scores.
+
+        Raises:
+            InputError: there is none of this name; it is not finite, as those of a training that diverged.
+        """
+        scores = self.scores()
+        numbers = [key for key, value in scores.items() if isinstance(value, int | float)]
+        if name not in numbers:
+            raise InputError(
+                f"score must be a number that test gives, one of {numbers}; got {name!r}"
+            )
+        if not math.isfinite(scores[name]):
+            raise InputError(
+                f"{name} must be finite; got {scores[name]} (see {self.folder}/fit.log)"
+            )
+        return float(scores[name])
 
     def describe(self) -> dict[str, Any]:
         """Seed, code and seconds of a run that is done, how often it was started, and its scores."""
