@@ -12,7 +12,7 @@ import yaml
 from efficient_attention.benchmark.loading import loading_table
 from efficient_attention.cli import main
 
-# Pairs of which each takes a tenth of a second, but no work.
+# Pictures of which each takes a tenth of a second in which nothing is done, and 20 ms of work.
 DATA = """
 import time
 from efficient_attention.data.generated_cues import GeneratedCues
@@ -20,6 +20,9 @@ from efficient_attention.data.generated_cues import GeneratedCues
 class Slow(GeneratedCues):
     def __getitem__(self, key):
         time.sleep(0.1)
+        end = time.process_time() + 0.02
+        while time.process_time() < end:
+            pass
         return super().__getitem__(key)
 """
 RECIPE = {
@@ -70,6 +73,22 @@ def test_a_step_waits_for_as_long_as_its_samples_take(capsys):
             assert len(values) == 3
     assert record["arguments"] == ["--seed", "3"]
     assert loading_table(record) in capsys.readouterr().out
+
+
+def test_a_sample_costs_what_it_computes_and_not_what_it_waits(capsys):
+    arguments = ["--samples", "5", "--warm-up", "1", "--output", "records"]
+    assert main(["bench", "samples", "slow.yaml", *arguments]) == 0
+    record = json.loads(Path("records", "Slow.json").read_text())
+    assert 0.02 <= record["sample_cpu_seconds"][0] <= record["sample_cpu_seconds"][2] < 0.1
+    assert record["samples_per_cpu_second"] <= 50
+    assert record["warm_up_cpu_seconds"] >= 0.02
+    assert "samples in a CPU second" in capsys.readouterr().out
+
+
+def test_a_data_set_with_too_few_samples_is_told_in_one_line(capsys):
+    assert main(["bench", "samples", "slow.yaml", "--samples", "16", "--warm-up", "1"]) == 2
+    err = capsys.readouterr().err
+    assert "samples must be at most 16, which slow.yaml has, warm-up included; got 17" in err
 
 
 def test_a_recipe_with_too_few_batches_is_told_in_one_line(capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from efficient_attention.benchmark.spread import differences, spread
+from efficient_attention.benchmark.spread import differences, percentiles, spread
 
 
 def test_mean_and_deviation_are_those_of_a_sample():
@@ -32,3 +32,8 @@ def test_seeds_that_are_not_the_same_have_no_differences():
 def test_no_values_have_no_mean():
     with pytest.raises(ValueError, match="by_seed must have a value"):
         spread({})
+
+
+def test_percentiles_lie_between_values():
+    # Of 0, 10, ..., 50: the 20th at a fifth of the five steps, the median half a step behind the middle ones' first.
+    assert percentiles([50.0, 0.0, 30.0, 20.0, 40.0, 10.0]) == [10.0, 25.0, 40.0]

@@ -50,6 +50,13 @@ def add_subjects(
             "tell for how long a step of training waits for its batch",
             "benchmarks/results/loading",
         ),
+        (
+            "samples",
+            _add_samples,
+            _samples,
+            "tell what a sample of training data costs",
+            "benchmarks/results/samples",
+        ),
     ):
         parser = subjects.add_parser(name, help=summary, description=summary.capitalize() + ".")
         parser.set_defaults(run=partial(run, report), command=f"bench {name}")
@@ -112,11 +119,7 @@ def _capacity(report: Report, options: argparse.Namespace) -> None:
 
 
 def _add_loading(parser: argparse.ArgumentParser, integer: Callable[[int], Callable]) -> None:
-    # What the parser does not know is the recipe's.
-    parser.set_defaults(arguments=())
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="its file; behind it, what is to be other than there"
-    )
+    _add_recipe(parser)
     parser.add_argument(
         "--workers",
         nargs="+",
@@ -125,14 +128,7 @@ def _add_loading(parser: argparse.ArgumentParser, integer: Callable[[int], Calla
         metavar="N",
         help="processes that load (default: 0 1)",
     )
-    for name, default, what in (("batches", 40, "measured"), ("warm-up", 20, "before them")):
-        parser.add_argument(
-            f"--{name}",
-            type=integer(1),
-            default=default,
-            metavar="N",
-            help=f"batches {what} (default: %(default)s)",
-        )
+    _add_counts(parser, integer, "batches", measured=40, warm_up=20)
 
 
 def _loading(report: Report, options: argparse.Namespace) -> None:
@@ -147,6 +143,50 @@ def _loading(report: Report, options: argparse.Namespace) -> None:
         output=options.output,
         report=report,
     )
+
+
+def _add_samples(parser: argparse.ArgumentParser, integer: Callable[[int], Callable]) -> None:
+    _add_recipe(parser)
+    _add_counts(parser, integer, "samples", measured=200, warm_up=50)
+
+
+def _samples(report: Report, options: argparse.Namespace) -> None:
+    with _training_installed():
+        from .samples import measure_samples
+    measure_samples(
+        options.recipe,
+        options.arguments,
+        samples=options.samples,
+        warm_up=options.warm_up,
+        output=options.output,
+        report=report,
+    )
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    # What the parser does not know is the recipe's.
+    parser.set_defaults(arguments=())
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="its file; behind it, what is to be other than there"
+    )
+
+
+def _add_counts(
+    parser: argparse.ArgumentParser,
+    integer: Callable[[int], Callable],
+    what: str,
+    *,
+    measured: int,
+    warm_up: int,
+) -> None:
+    for name, default, when in ((what, measured, "measured"), ("warm-up", warm_up, "before them")):
+        parser.add_argument(
+            f"--{name}",
+            type=integer(1),
+            default=default,
+            metavar="N",
+            help=f"{what} {when} (default: %(default)s)",
+        )
 
 
 @contextmanager

@@ -8,17 +8,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ..errors import InputError
 from ..training.command import Command
 from .provenance import describe, text_hash, write_record
+from .spread import PERCENTILES, percentiles
 from .tables import markdown
 
 __all__ = ["measure_loading"]
-
-_PERCENTILES = (20, 50, 80)
 
 
 def measure_loading(
@@ -92,7 +90,7 @@ def loading_table(record: dict[str, Any]) -> str:
         "step, CPU s",
     ]
     keys = ("wait_seconds", "step_seconds", "wait_cpu_seconds", "step_cpu_seconds")
-    middle = _PERCENTILES.index(50)
+    middle = PERCENTILES.index(50)
     rows = [
         [
             f"{count} workers",
@@ -152,10 +150,10 @@ def _measure(
     taken = [_minus(end, begin) for _, (begin, end) in pairs]
     return {
         "batch_size": command.datamodule.batch_size,
-        "wait_seconds": _percentiles(wait[0] for wait in waits),
-        "step_seconds": _percentiles(step[0] for step in taken),
-        "wait_cpu_seconds": _percentiles(wait[1] for wait in waits),
-        "step_cpu_seconds": _percentiles(step[1] for step in taken),
+        "wait_seconds": percentiles(wait[0] for wait in waits),
+        "step_seconds": percentiles(step[0] for step in taken),
+        "wait_cpu_seconds": percentiles(wait[1] for wait in waits),
+        "step_cpu_seconds": percentiles(step[1] for step in taken),
     }
 
 
@@ -165,9 +163,3 @@ def _now() -> tuple[float, float]:
 
 def _minus(end: tuple[float, float], begin: tuple[float, float]) -> tuple[float, float]:
     return end[0] - begin[0], end[1] - begin[1]
-
-
-def _percentiles(values: Any) -> list[float]:
-    wanted = torch.tensor(_PERCENTILES, dtype=torch.float64) / 100
-    found = torch.tensor(list(values), dtype=torch.float64).quantile(wanted)
-    return [round(value, 5) for value in found.tolist()]

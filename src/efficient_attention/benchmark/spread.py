@@ -1,12 +1,17 @@
-"""What several seeds say: mean, standard deviation, and differences seed by seed."""
+"""What several seeds say: mean, standard deviation, differences seed by seed; and what repetitions say: percentiles."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-__all__ = ["Spread", "differences", "spread"]
+import torch
+
+__all__ = ["PERCENTILES", "Spread", "differences", "percentiles", "spread"]
+
+#: Of repetitions, as records have them.
+PERCENTILES = (20, 50, 80)
 
 
 class Spread(NamedTuple):
@@ -71,3 +76,20 @@ def differences(values: Mapping[int, float], baseline: Mapping[int, float]) -> S
             f"baseline must have the seeds of values, {sorted(values)}; got {sorted(baseline)}"
         )
     return spread({seed: value - baseline[seed] for seed, value in values.items()})
+
+
+def percentiles(values: Iterable[float]) -> list[float]:
+    """The 20th, 50th and 80th percentile, with linear interpolation between values.
+
+    Args:
+        values: at least one.
+
+    Example:
+        >>> percentiles([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+        [2.0, 3.5, 5.0]
+
+    Not part of the paper.
+    """
+    wanted = torch.tensor(PERCENTILES, dtype=torch.float64) / 100
+    found = torch.tensor(list(values), dtype=torch.float64).quantile(wanted)
+    return [round(value, 6) for value in found.tolist()]
