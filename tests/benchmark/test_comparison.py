@@ -202,6 +202,17 @@ def test_a_run_is_another_if_its_recipe_is_another(tmp_path):
     assert len({first, other, changed}) == 3
 
 
+@pytest.mark.parametrize(
+    ("deviation", "told"),
+    [(0.00841, "0.1000 ± 0.0084"), (35.2, "0 ± 35"), (0.0, "0.10 ± 0.00"), (None, "0.10 ± ?")],
+)
+def test_a_table_has_as_many_digits_as_the_deviation_leaves(deviation, told):
+    score = {"mean": 0.1, "deviation": deviation, "by_seed": {"0": 0.1}}
+    variant = {"score": score, "minus_baseline": None, "runs": [{"fit": {"cpu_seconds": 1.0}}]}
+    found = {"name": "", "score": "", "better": "", "baseline": "", "variants": {"x": variant}}
+    assert f"| x | {told} |" in comparison_table(found)
+
+
 def test_a_table_has_a_row_for_each_variant():
     runs = [{"fit": {"cpu_seconds": 90.0}}, {"fit": {"cpu_seconds": 110.0}}]
     scores = {"mean": 51.0, "deviation": 1.4142, "by_seed": {"0": 50.0, "1": 52.0}}
@@ -219,6 +230,6 @@ def test_a_table_has_a_row_for_each_variant():
     assert comparison_table(found).splitlines() == [
         "| tiny | top1 (higher is better) | by seed | minus none | by seed | CPU s |",
         "|---|--:|--:|--:|--:|--:|",
-        "| none | 51 ± 1.41 | 50, 52 |  |  | 100 |",
-        "| efficient | 51 ± 1.41 | 50, 52 | -0.5 ± 0.707 | +0, -1 | 100 |",
+        "| none | 51.0 ± 1.4 | 50.0, 52.0 |  |  | 100 |",
+        "| efficient | 51.0 ± 1.4 | 50.0, 52.0 | -0.50 ± 0.71 | +0.00, -1.00 | 100 |",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -130,6 +131,9 @@ def _measure(
     recipe: Path, arguments: Sequence[str], workers: int, batches: int, warm_up: int
 ) -> dict[str, Any]:
     steps = batches + warm_up
+    # What Lightning says of devices, and of its makers.
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     with TemporaryDirectory() as folder:
         command = _Timed(
             "fit",

@@ -58,7 +58,6 @@ def measure_samples(
         seconds.append(time.process_time() - begin)
     record: dict[str, Any] = {
         "name": type(dataset).__name__,
-        "data": repr(dataset),
         "recipe": str(recipe),
         "recipe_sha256": text_hash(recipe.read_text()),
         "arguments": list(arguments),

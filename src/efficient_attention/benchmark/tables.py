@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = ["comparison_table", "markdown"]
 
-# In front of what is recorded without a deviation: one seed.
+# The deviation of one seed.
 _UNKNOWN = "?"
 
 
@@ -65,6 +66,14 @@ def _cells(spread: Mapping[str, Any] | None, sign: str) -> list[str]:
     if spread is None:
         return ["", ""]
     deviation = spread["deviation"]
-    around = _UNKNOWN if deviation is None else f"{deviation:.3g}"
-    values = [f"{value:{sign}.4g}" for value in spread["by_seed"].values()]
-    return [f"{spread['mean']:{sign}.4g} ± {around}", ", ".join(values)]
+    form = f"{sign}.{_decimals(deviation)}f"
+    around = _UNKNOWN if deviation is None else f"{deviation:{form.removeprefix('+')}}"
+    values = [f"{value:{form}}" for value in spread["by_seed"].values()]
+    return [f"{spread['mean']:{form}} ± {around}", ", ".join(values)]
+
+
+def _decimals(deviation: float | None) -> int:
+    """So many that the deviation has two digits that count, as more of a mean says nothing; two where it is unknown."""
+    if not deviation:
+        return 2
+    return max(0, 1 - math.floor(math.log10(deviation)))
