@@ -71,6 +71,7 @@ OPS = {
 }
 # Beside the standard library and torch: who may import what.
 THIRD_PARTY = {
+    "benchmark": {"pytorch_lightning", "yaml"},
     "data": {"PIL", "numpy", "pycocotools", "torchvision"},
     "metrics": {"faster_coco_eval", "numpy", "pycocotools"},
     "models": {"huggingface_hub", "safetensors", "torchvision"},

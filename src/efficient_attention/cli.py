@@ -124,7 +124,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _build_parser()
     options, rest = parser.parse_known_args(arguments)
     # The recipes' own parser knows what may follow, and is built when it is needed.
-    if options.run is _train:
+    if hasattr(options, "arguments"):
         options.arguments = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -140,7 +140,7 @@ def _build_parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_prediction, _add_plan, _add_training):
+    for add in (_add_demo, _add_prediction, _add_plan, _add_training, _add_bench):
         add(commands)
     return parser
 
@@ -194,7 +194,17 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
         ("test", "evaluate a network on the test data of a recipe"),
         ("predict", "write what a network predicts for the data of a recipe"),
     ):
-        _add_command(commands, name, _train, summary, add_help=False)
+        parser = _add_command(commands, name, _train, summary, add_help=False)
+        parser.set_defaults(arguments=())
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    from .benchmark.command import add_subjects
+
+    bench = commands.add_parser(
+        "bench", help="measure, and record it", description="Measure, and record it."
+    )
+    add_subjects(bench, integer=_integer, report=lambda line: print(line, flush=True))
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

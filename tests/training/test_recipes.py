@@ -19,7 +19,8 @@ from efficient_attention.training.checkpointing import Checkpoints
 from efficient_attention.training.command import Command
 
 ROOT = Path(__file__).parent.parent.parent
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+# Those of experiments say what is compared, of one of these.
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "experiments")
 PIECES = []
 if RECIPES:
     DOCUMENT = (ROOT / "docs" / "training.md").read_text()
