@@ -45,9 +45,10 @@ class PSMNet(Network):
     disparities that are 1.17 times too small; networks that others trained do not.
 
     For speed on a CPU: ``torch.nn.utils.convert_conv3d_weight_memory_format(network, torch.channels_last_3d)``;
-    ``torch.autocast("cpu", torch.bfloat16)`` where it has instructions for that, and not elsewhere (nor in training on views
-    so small that an hourglass is 2 deep: there PyTorch 2.14 gives weights gradients of NaN); in float32, batches
-    of two pairs or more: PyTorch runs 3-D convolutions of one small volume without oneDNN, up to eight times slower.
+    ``torch.autocast("cpu", torch.bfloat16)`` where it has instructions for that, and not elsewhere, nor to train on
+    views so small that an hourglass is two levels deep, where PyTorch 2.14 gives weights gradients of NaN; in float32,
+    batches of two pairs or more: PyTorch runs 3-D convolutions of one small volume without oneDNN, up to eight times
+    slower.
 
     Args:
         max_disparity: in pixels, a multiple of 16; disparities are in ``[0, max_disparity - 1]``.
