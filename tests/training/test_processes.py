@@ -54,7 +54,7 @@ data:
       init_args: {{length: 4, size: [64, 64], max_objects: 2}}
     val:
       class_path: efficient_attention.data.generated_shapes.GeneratedShapes
-      init_args: {{length: 5, size: [64, 64]}}
+      init_args: {{length: 11, size: [64, 64]}}
     test: *shapes
     batch_size: 2
     workers: 0
@@ -143,12 +143,12 @@ SHARDED = (
 
 
 def test_scores_of_two_processes_are_those_of_one(tmp_path, monkeypatch):
-    """Five pictures on two processes: with one of them twice it would be another average precision."""
+    """Eleven pictures on two processes: with one of them twice it would be another average precision."""
     monkeypatch.chdir(tmp_path)
     Path("two.yaml").write_text(DETECTION.format(output="two"))
     forked("fit", "--config", "two.yaml", *TWO)
     (expected,) = history(tmp_path / "two", "val/")
-    assert expected["val/images"] == 5
+    assert expected["val/images"] == 11
     assert main(["validate", "--config", "two.yaml", "--ckpt_path", "last"]) == 0
     (found,) = map(json.loads, Path("two/validate.jsonl").read_text().splitlines())
     scores = {k.removeprefix("val/"): v for k, v in expected.items() if k.startswith("val/")}
@@ -185,6 +185,8 @@ def test_two_processes_train_like_one_that_accumulates(tmp_path, monkeypatch):
     plain, _ = fit("plain", alone, *single, batch=1)
     sharded, _ = fit("sharded", forked, *TWO, *SHARDED, *single, batch=2)
     assert error(sharded, reference) <= 2 * error(plain, reference)
+    # One process takes what two have saved in parts.
+    assert main(["validate", "--config", "sharded.yaml", "--ckpt_path", "last", *single]) == 0
 
 
 class Seen:
