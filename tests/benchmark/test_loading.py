@@ -1,6 +1,7 @@
 """How long steps wait for data is seen, whoever loads it."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,9 @@ def bench(*arguments):
 
 def test_a_step_waits_for_as_long_as_its_samples_take(capsys):
     arguments = ["--warm-up", "2", "--batches", "4", "--workers", "0", "--seed", "3"]
+    told = logging.getLogger("pytorch_lightning.utilities.rank_zero").level
     assert bench(*arguments) == 0
+    assert logging.getLogger("pytorch_lightning.utilities.rank_zero").level == told
     record = json.loads(Path("records", "slow.json").read_text())
     found = record["workers"]["0"]
     assert found["batch_size"] == 2

@@ -1,9 +1,14 @@
 """Runs on fake tensors: what they count against sizes known beforehand, and where they end."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+import efficient_attention
 from efficient_attention.memory import peak_bytes
 from efficient_attention.planning.simulation import Timeline, Twin, nbytes
 
@@ -157,3 +162,18 @@ def test_multiply_adds_of_transformers_are_the_same_on_their_fast_path():
         model.register_forward_hook(lambda *_: None)
         slow = run(model.train(), example)[0].multiply_adds
         assert fast == slow > 2 * 2 * 100 * 100 * 32
+
+
+def test_a_process_that_has_planned_can_be_forked():
+    """Its children differentiate, which autograd refuses where it has started threads for devices."""
+    code = """
+import os, torch, efficient_attention
+efficient_attention.plan(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1)), torch.empty(1, 3, 8, 8), places="0")
+child = os.fork()
+if not child:
+    torch.ones(2, requires_grad=True).sum().backward()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    path = str(Path(efficient_attention.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": path})

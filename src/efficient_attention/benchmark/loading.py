@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -131,10 +132,7 @@ def _measure(
     recipe: Path, arguments: Sequence[str], workers: int, batches: int, warm_up: int
 ) -> dict[str, Any]:
     steps = batches + warm_up
-    # What Lightning says of devices, and of its makers.
-    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, _without_remarks():
         command = _Timed(
             "fit",
             [
@@ -159,6 +157,20 @@ def _measure(
         "wait_cpu_seconds": percentiles(wait[1] for wait in waits),
         "step_cpu_seconds": percentiles(step[1] for step in taken),
     }
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Without what Lightning says of devices, and of its makers."""
+    names = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero")
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _now() -> tuple[float, float]:

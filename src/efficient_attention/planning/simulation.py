@@ -108,6 +108,10 @@ class Twin:
     """
 
     def __init__(self, model: nn.Module, example: Any):
+        # Autograd starts its threads with its first pass, one for each device. Under fake tensors it would find devices
+        # that are not there, and a process with such threads cannot be forked.
+        with torch.inference_mode(False):
+            torch.ones((), requires_grad=True).backward()
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with _FakeCopies(self):
             self.model = copy.deepcopy(model)
