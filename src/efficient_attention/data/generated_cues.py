@@ -26,7 +26,9 @@ _COLOURS = torch.tensor(
         (0.1, 0.9, 0.9),
         (0.1, 0.1, 0.9),
         (0.9, 0.1, 0.9),
-    ]
+    ],
+    # Whatever the default is while this is imported: networks are built on "meta".
+    device="cpu",
 )
 
 
