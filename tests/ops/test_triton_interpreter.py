@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efficient_attention import attend, efficient_attention, summarize
-from efficient_attention.ops import library
+from efficient_attention.ops import backends, library
 from efficient_attention.testing import (
     assert_as_precise_as_plain,
     make_inputs,
@@ -16,9 +16,9 @@ from efficient_attention.testing import (
     relative_error,
 )
 
-triton_launch = pytest.importorskip(
-    "efficient_attention.ops.triton_launch", reason="triton is not installed"
-)
+pytest.importorskip("triton", reason="triton is not installed")
+
+from efficient_attention.ops import triton_blocks, triton_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -299,23 +299,23 @@ def test_a_named_backend_says_why_it_cannot_serve_and_auto_goes_another_way(quer
     ):
         attend(query, context, num_groups=groups, backend="triton")
     # What the dispatcher calls for tensors on a GPU.
-    got = library._by("triton", "attend")(query, context.mean, "scaling", groups)
+    got = backends.implementation("triton", "attend")(query, context.mean, "scaling", groups)
     assert torch.equal(got, attend(query, context, normalization="scaling", backend="blocked"))
 
 
 def test_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
-    monkeypatch.setattr(triton_launch.kernels, "INTERPRETED", False)
-    library._why_not_on.cache_clear()
+    monkeypatch.setattr(triton_blocks, "INTERPRETED", False)
+    backends._why_not_on.cache_clear()
     try:
         with pytest.raises(NotImplementedError, match="it runs on CUDA devices; got cpu"):
             efficient_attention(*make_inputs(dtype=torch.float32), backend="triton")
     finally:
-        library._why_not_on.cache_clear()
+        backends._why_not_on.cache_clear()
 
 
 def test_kernels_serve_what_they_can_where_auto_is_triton_unless_another_is_named():
     _, key, value = (x.detach() for x in inputs_of(1, 1, 1, 300, 8, 8))
-    run = library._by("triton", "summarize")
+    run = backends.implementation("triton", "summarize")
     by_kernels = summarize(key, value, backend="triton").mean
     by_blocks = summarize(key, value, backend="blocked").mean
     assert not torch.equal(by_kernels, by_blocks)

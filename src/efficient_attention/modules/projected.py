@@ -8,14 +8,20 @@ value channels of all heads. Paper: Shen et al. 2021, Sec. 3.2 and Fig. 1.
 from __future__ import annotations
 
 import weakref
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import Context, attend, dot_product_attention, efficient_attention, summarize
+from ..ops import Context, attend, efficient_attention, summarize
 from ..ops.arguments import check_option, check_size
-from ..ops.functional import NORMALIZATIONS, is_traced, serves_every_length
+from ..ops.functional import (
+    BACKENDS,
+    LINEAR_BACKENDS,
+    NORMALIZATIONS,
+    is_traced,
+    serves_every_length,
+)
 from ..ops.planner import FOLDS_OUTPUT, FOLDS_VALUES, MODULE_ORDERS, Cost, cheapest, module_costs
 from .features import Features, Projection, coarsen
 from .folding import fold_output, fold_values, obstacle
@@ -134,29 +140,6 @@ class _Zeroing:
         return _Zeroing, (self._layer(),)
 
 
-class DotProductModule(ProjectedAttention):
-    """The shell around dot-product attention: the baseline."""
-
-    # A softmax over N x M leaves no other.
-    _orders = ("auto", "quadratic")
-
-    def _run(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        features = self._features
-        features.check("x", x, self.in_channels)
-        # Without names, so that each is gone when it is done with.
-        attended = features.join(
-            dot_product_attention(
-                features.split(self.queries(x), self.num_heads),
-                features.split(self.keys(x), self.num_heads),
-                features.split(self.values(x), self.num_heads),
-                key_mask=self._key_mask(key_mask, x),
-                normalization=self.normalization,
-            ),
-            like=x,
-        )
-        return self._with_residual(x, self.reprojection(attended))
-
-
 class EfficientModule(ProjectedAttention):
     """The shell around efficient attention, computed in the cheapest of its exact orders."""
 
@@ -165,6 +148,10 @@ class EfficientModule(ProjectedAttention):
     #: Whether ``forward`` writes its output over its input, and returns that, where no gradient is recorded. A folded
     #: module on a CPU then takes a few MB beside its input, whatever its size; others take their time and memory.
     inplace: bool = False
+
+    #: What computes the operators inside, as in :func:`~efficient_attention.efficient_attention`. In the folded order
+    #: ``"triton"`` is one operator too, where all layers are plain: neither keys nor queries reach memory.
+    backend: str = "auto"
 
     def summarize(self, source: Tensor, *, key_mask: Tensor | None = None) -> Context:
         """The context of the positions of ``source``; contexts of its parts merge into that of the whole.
@@ -272,7 +259,10 @@ class EfficientModule(ProjectedAttention):
         A side that is None comes in another call, and is taken to be as long as the one at hand.
         """
         check_option("order", self.order, self._orders)
+        check_option("backend", self.backend, BACKENDS)
         obstacles = self._folding_obstacles()
+        if self.backend in LINEAR_BACKENDS:
+            obstacles["quadratic"] = f"backend={self.backend!r} has no such order"
         if queries is None or keys is None:
             obstacles["quadratic"] = "it has no context, but needs queries and keys together"
         if self.order != "auto":
@@ -308,18 +298,18 @@ class EfficientModule(ProjectedAttention):
         else:
             key = features.split(self._project_keys(source), self.num_heads)
             value = features.split(self.values(source), self.num_heads)
-            context = summarize(key, value, key_mask=mask, normalization=self.normalization)
+            context = summarize(key, value, key_mask=mask, **self._operator_options())
         return context._replace(mean=self._with_key_bias(context.mean))
 
     def _summarize_folded(self, source: Tensor, mask: Tensor | None) -> Context:
         # Softmax over positions treats every channel alone, so that all heads share one product with X.
         key = self._features.split(self._project_keys(source), 1)  # [B, 1, M, dk]
         x = self._features.split(source, 1)  # [B, 1, M, C]
-        pooled = summarize(key, x, key_mask=mask, normalization=self.normalization)
+        pooled = summarize(key, x, key_mask=mask, **self._operator_options())
         column_sums = (pooled.log_weight != -torch.inf).to(pooled.mean.dtype)  # [B, 1, dk]
         if self._needs_column_sums():
             ones = key.new_ones(()).expand(*key.shape[:3], 1)
-            sums = summarize(key, ones, key_mask=mask, normalization="scaling")
+            sums = summarize(key, ones, key_mask=mask, **self._operator_options())
             column_sums = sums.mean.squeeze(-1)
         return fold_values(
             pooled, column_sums, self.values.weight, self.values.bias, self.num_heads
@@ -339,8 +329,8 @@ class EfficientModule(ProjectedAttention):
         y = attend(
             features.split(self.queries(x), 1),  # [B, 1, N, dk]
             fold_output(context, weight, bias if softmax else None),
-            normalization=self.normalization,
             num_groups=self.num_heads,
+            **self._operator_options(),
         )  # [B, 1, N, C]
         if bias is not None and not softmax:
             y = y + bias.to(y.dtype)
@@ -349,7 +339,7 @@ class EfficientModule(ProjectedAttention):
     def _attended(self, x: Tensor, context: Context) -> Tensor:
         # In a call of its own, so that queries are gone before the output is made.
         query = self._features.split(self.queries(x), self.num_heads)  # [B, h, N, dk / h]
-        attended = attend(query, context, normalization=self.normalization)
+        attended = attend(query, context, **self._operator_options())
         return self._features.join(attended, like=x)
 
     def _attend_quadratic(self, x: Tensor, source: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -359,11 +349,14 @@ class EfficientModule(ProjectedAttention):
             features.split(self._project_keys(source), self.num_heads),
             features.split(self.values(source), self.num_heads),
             key_mask=self._key_mask(key_mask, source),
-            normalization=self.normalization,
             order="quadratic",
+            **self._operator_options(),
         )
         attended = self._with_key_bias(attended)
         return self._with_residual(x, self.reprojection(features.join(attended, like=x)))
+
+    def _operator_options(self) -> dict[str, Any]:
+        return {"normalization": self.normalization, "backend": self.backend}
 
     def _key_bias_is_idle(self) -> bool:
         """Softmax over positions does not see a constant added to a channel: the key bias has no effect."""
@@ -392,4 +385,5 @@ class EfficientModule(ProjectedAttention):
 
     def extra_repr(self) -> str:
         inplace = ", inplace=True" if self.inplace else ""
-        return f"{super().extra_repr()}, order={self.order!r}{inplace}"
+        backend = f", backend={self.backend!r}" if self.backend != "auto" else ""
+        return f"{super().extra_repr()}, order={self.order!r}{inplace}{backend}"

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..ops.arguments import check_size
+from .dot_product import DotProductModule
 from .features import FeatureMaps
-from .projected import DotProductModule, EfficientModule, ProjectedAttention
+from .projected import EfficientModule, ProjectedAttention
 from .tracing import one_operation
 
 __all__ = [

@@ -1,7 +1,7 @@
 """When a module runs as one operator that streams over positions, and how; see ops/streamed.py.
 
-On a CPU, in the folded order, where nobody would notice: what stands for no layer that has hooks, a parametrization or
-a class of its own, no transform and no recorded program, which run the module step by step.
+In the folded order, where an operator serves the device and nobody would notice: what stands for no layer that has
+hooks, a parametrization or a class of its own, no transform and no recorded program, which run the module step by step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..ops import Context, library
+from ..ops import Context, backends, library
 from ..ops.functional import is_traced
 from ..ops.precision import autocast_is_on
 from .features import Projection
@@ -20,8 +20,6 @@ from .folding import obstacle
 
 if TYPE_CHECKING:
     from .projected import EfficientModule
-
-_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def can_stream(module: EfficientModule) -> bool:
@@ -31,9 +29,9 @@ def can_stream(module: EfficientModule) -> bool:
         return False
     parameters = [p for layer in layers for p in layer._parameters.values() if p is not None]
     first = parameters[0]
+    weights = [layer.weight for layer in layers]
     return (
-        first.device.type == "cpu"
-        and first.dtype in _DTYPES
+        backends.serves_module(weights, module.num_heads, module.backend)
         and all(_is_plain(p) and p.dtype == first.dtype for p in parameters)
         and not autocast_is_on(first.device)
         # A program that is exported or traced must run where this package is not installed.
@@ -68,12 +66,13 @@ def stream(
     attended = None if source is x else features.positions(source)
     options = (module.normalization, module.num_heads, module.residual)
     arguments = (positions, attended, key_mask, weights, biases, *options)
+    named = {"backend": module.backend}
     if overwrite and _share_memory(positions, x):
-        library.folded_(*arguments)
+        library.folded_(*arguments, **named)
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)
         return x
-    output, *_ = library.folded(*arguments)
+    output, *_ = library.folded(*arguments, **named)
     return features.restore(output, like=x)
 
 

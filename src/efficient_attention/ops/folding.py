@@ -11,7 +11,42 @@ Shapes: B batch, h heads, dk, dv key and value channels of all heads, S channels
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
+
+
+def folded_context(
+    pooled: Tensor,
+    column_sums: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    num_heads: int,
+    *,
+    softmax: bool,
+) -> tuple[Tensor, Tensor]:
+    """The context of values ``[B, h, dk / h, dv / h]``, and that of outputs ``[B, dk, C]``.
+
+    ``weights`` and ``biases`` are those of values and of the output.
+    """
+    context = fold_values(pooled, column_sums, weights[0], biases[0], num_heads)
+    return context, fold_output(context, weights[1], biases[1] if softmax else None)
+
+
+def key_slopes(
+    pooled: Tensor, total: Tensor, d_pooled: Tensor, d_sums: Tensor | None, *, softmax: bool
+) -> tuple[Tensor, Tensor]:
+    """``[B, dk, S]`` and ``[B, dk]``: with w the unnormalized weights, ``d_k = w * (slopes x + constant)``.
+
+    Dividing by the total here, in the size of a context, spares dividing every weight.
+    """
+    by = total.clamp(min=1)
+    if softmax:
+        constant = -(d_pooled * pooled).sum(-1) / by
+    else:
+        constant = torch.zeros_like(by) if d_sums is None else d_sums / by
+    return d_pooled / by.unsqueeze(-1), constant
 
 
 def fold_values(

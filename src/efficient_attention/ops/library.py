@@ -1,31 +1,24 @@
 """The private operators: schemas, shapes and gradients, for PyTorch's dispatcher, compiler and exporters.
 
 ``torch.ops.efficient_attention.{summarize, attend, folded}`` and their backwards are the seam between the public
-functions and modules and the implementations; the dispatcher picks one by device, unless ``backend`` names it.
+functions and modules and the implementations; backends.py has what the dispatcher picks from.
 Arguments arrive checked by functional.py. ``needs`` says which of its gradients a backward is asked for; the others are
 neither computed nor allocated, but empty.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import blocked, reference, streamed
+from . import reference
+from .backends import AUTO_ON_CUDA, implementation
 from .flops import register_when_counting
 from .layout import empty_gradient, empty_output
-from .precision import accumulation_dtype, without_autocast
-from .tiling import why_not
-
-# What "auto" is on a GPU. To be "triton", where that serves the call, once a GPU has shown the kernels to be right and
-# faster; so far they have run in Triton's interpreter alone: docs/gpu.md.
-AUTO_ON_CUDA = "blocked"
+from .precision import accumulation_dtype
 
 _LIBRARY = torch.library.Library("efficient_attention", "DEF")
 _MODULE = "Tensor? key_mask, Tensor[] weights, Tensor?[] biases, str normalization, int num_heads, bool residual"
@@ -39,11 +32,12 @@ _SCHEMAS = {
     "-> Tensor output",
     "attend_backward": "(Tensor d_output, Tensor query, Tensor mean, str normalization, int num_groups, "
     "bool[2] needs, *, str backend='auto') -> (Tensor d_query, Tensor d_mean)",
-    "folded": f"(Tensor x, Tensor? source, {_MODULE}) "
+    "folded": f"(Tensor x, Tensor? source, {_MODULE}, *, str backend='auto') "
     "-> (Tensor output, Tensor pooled, Tensor shift, Tensor total, Tensor column_sums)",
-    "folded_": f"(Tensor(a!) x, Tensor? source, {_MODULE}) -> ()",
+    "folded_": f"(Tensor(a!) x, Tensor? source, {_MODULE}, *, str backend='auto') -> ()",
     "folded_backward": f"(Tensor d_output, Tensor x, Tensor? source, {_MODULE}, Tensor pooled, Tensor shift, "
-    f"Tensor total, Tensor column_sums, bool[3] needs) -> ({', '.join(['Tensor'] * 10)})",
+    f"Tensor total, Tensor column_sums, bool[3] needs, *, str backend='auto') "
+    f"-> ({', '.join(['Tensor'] * 10)})",
 }
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -72,83 +66,9 @@ def serves_plain_tensors_only() -> str | None:
     return None
 
 
-def _why_not_triton(x: Tensor, value_channels: int, num_groups: int) -> str | None:
-    """Why the Triton kernels cannot serve queries or keys ``x [B, H, N, Dk]``, or ``None`` if they can."""
-    return _why_not_on(x.device) or why_not(x.dtype, x.shape[-1], value_channels, num_groups)
-
-
-@functools.cache
-def _why_not_on(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type != "cuda":
-        # In Triton's interpreter, which is for tests, kernels run on any device.
-        interpreted = _implementation("triton").kernels.INTERPRETED
-        return None if interpreted else f"it runs on CUDA devices; got {device.type}"
-    if torch.version.hip is not None:
-        return "it runs on NVIDIA GPUs; this torch is for those of AMD"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"it needs compute capability 8.0; this device has {major}.{minor}"
-    return None
-
-
-def _implementation(backend: str) -> ModuleType:
-    if backend == "blocked":
-        return blocked
-    # Imports triton, which is optional and slow to load.
-    from . import triton_launch
-
-    return triton_launch
-
-
-# Queries or keys, values or a context, and the number of groups, among the arguments of each operator.
-_SIZES: dict[str, Callable[..., tuple[Tensor, Tensor, int]]] = {
-    "summarize": lambda key, value, *_: (key, value, 1),
-    "summarize_backward": lambda d_mean, d_log_weight, key, value, *_: (key, value, 1),
-    "attend": lambda query, mean, _, num_groups: (query, mean, num_groups),
-    "attend_backward": lambda d_output, query, mean, _, num_groups, *__: (query, mean, num_groups),
-}
-
-
-def _by(automatic: str, name: str) -> Callable:
-    """An operator by the backend that is named; for ``"auto"`` by ``automatic`` where that serves the call.
-
-    Like :func:`_in_own_precision`, it keeps an active autocast out.
-    """
-
-    @functools.wraps(getattr(blocked, name))
-    def run(*args: Any, backend: str = "auto") -> Any:
-        x, other, num_groups = _SIZES[name](*args)
-        chosen = automatic if backend == "auto" else backend
-        if chosen == "triton" and (reason := _why_not_triton(x, other.shape[-1], num_groups)):
-            if backend == "triton":
-                raise NotImplementedError(f"backend='triton': {reason}; use backend='auto'")
-            chosen = "blocked"
-        with without_autocast(x.device):
-            return getattr(_implementation(chosen), name)(*args)
-
-    return run
-
-
-def _in_own_precision(kernel: Callable) -> Callable:
-    """Keep an active autocast from choosing the precision of the products inside a kernel."""
-
-    @functools.wraps(kernel)
-    def guarded(x: Tensor, *args: Any) -> Any:
-        with without_autocast(x.device):
-            return kernel(x, *args)
-
-    return guarded
-
-
 for _name in _SCHEMAS:
-    if _name.startswith("folded"):
-        _kernel = _in_own_precision(getattr(streamed, _name))
-        _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    else:
-        _LIBRARY.impl(_name, _by("blocked", _name), "CompositeExplicitAutograd")
-        _LIBRARY.impl(_name, _by(AUTO_ON_CUDA, _name), "CUDA")
+    _LIBRARY.impl(_name, implementation("blocked", _name), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, implementation(AUTO_ON_CUDA, _name), "CUDA")
 
 
 @torch.library.register_fake("efficient_attention::summarize", lib=_LIBRARY)
@@ -189,7 +109,7 @@ def _(d_output, query, mean, normalization, num_groups, needs, *, backend="auto"
 
 
 @torch.library.register_fake("efficient_attention::folded", lib=_LIBRARY)
-def _(x, source, key_mask, weights, biases, normalization, num_heads, residual):
+def _(x, source, key_mask, weights, biases, normalization, num_heads, residual, *, backend="auto"):
     dtype = accumulation_dtype(x.dtype)
     key_channels, channels = weights[1].shape
     pooled = x.new_empty(x.shape[0], key_channels, channels, dtype=dtype)
@@ -198,12 +118,12 @@ def _(x, source, key_mask, weights, biases, normalization, num_heads, residual):
 
 
 @torch.library.register_fake("efficient_attention::folded_", lib=_LIBRARY)
-def _(x, *_):
+def _(x, *_, backend="auto"):
     return None
 
 
 @torch.library.register_fake("efficient_attention::folded_backward", lib=_LIBRARY)
-def _(d_output, x, source, key_mask, weights, biases, *others):
+def _(d_output, x, source, key_mask, weights, biases, *others, backend="auto"):
     needs = others[-1]
     d_source = x.new_empty(0) if source is None else empty_gradient(source, needs[1])
     parameters = (
@@ -275,12 +195,14 @@ class _Attend(torch.autograd.Function):
 
 class _Folded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, options, x, source, key_mask, *parameters):
+    def forward(ctx, options, backend, x, source, key_mask, *parameters):
         weights, biases = parameters[:4], parameters[4:]
         with torch._C._AutoDispatchBelowAutograd():
-            output, *summary = folded(x, source, key_mask, weights, biases, *options)
+            output, *summary = folded(
+                x, source, key_mask, weights, biases, *options, backend=backend
+            )
         ctx.save_for_backward(x, source, key_mask, *parameters, *summary)
-        ctx.options = options
+        ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*summary)
         return output, *summary
@@ -288,19 +210,21 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_output, *_):
         if d_output is None:
-            return (None,) * 12
+            return (None,) * 13
         x, source, key_mask, *saved = ctx.saved_tensors
         parameters, summary = saved[:8], saved[8:]
-        needs = ctx.needs_input_grad[1:3]
-        inputs, needed = (x, source, *parameters), (*needs, *ctx.needs_input_grad[4:])
+        needs = ctx.needs_input_grad[2:4]
+        inputs, needed = (x, source, *parameters), (*needs, *ctx.needs_input_grad[5:])
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
             gradients = _pull_back_module(inputs, key_mask, ctx.options, d_output, needed)
         else:
             weights, biases = parameters[:4], parameters[4:]
             module = (x, source, key_mask, weights, biases, *ctx.options)
             asked = (*needs, any(needed[2:]))
-            gradients = _needed(folded_backward(d_output, *module, *summary, asked), needed)
-        return None, *gradients[:2], None, *gradients[2:]
+            gradients = _needed(
+                folded_backward(d_output, *module, *summary, asked, backend=ctx.backend), needed
+            )
+        return None, None, *gradients[:2], None, *gradients[2:]
 
 
 def _pull_back_module(
@@ -365,15 +289,16 @@ def _differentiable_module(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     *options: Any,
+    backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     # Reached from compiled programs too: without this a tangent would be lost without a word.
     if torch.autograd.forward_ad._current_level >= 0:
         return _plain_module(x, source, key_mask, weights, biases, *options)
     given = (x, source, *weights, *biases)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        return _Folded.apply(options, x, source, key_mask, *weights, *biases)
+        return _Folded.apply(options, backend, x, source, key_mask, *weights, *biases)
     with torch._C._AutoDispatchBelowAutograd():
-        return folded(x, source, key_mask, weights, biases, *options)
+        return folded(x, source, key_mask, weights, biases, *options, backend=backend)
 
 
 def _plain_module(x: Tensor, *args: Any) -> tuple[Tensor, ...]:

@@ -34,6 +34,14 @@ _POSITIONS = {
     torch.float32: (16, 16, 16),
 }
 
+# The same for a folded module, whose tiles of key channels multiply its programs.
+_MODULE_PROGRAMS = 512
+_SHARE_OF_MODULE_SUMS = 1 / 4
+# Channels of keys in a tile; channels of X that a projection takes at a time; positions of a block.
+_KEY_BLOCK = 64
+_DEPTH = {torch.bfloat16: 64, torch.float16: 32, torch.float32: 32}
+_MODULE_POSITIONS = {torch.bfloat16: 64, torch.float16: 32, torch.float32: 32}
+
 
 class Tile(NamedTuple):
     """What a program holds at a time, and how it works on it.
@@ -44,6 +52,7 @@ class Tile(NamedTuple):
         value_channels: of a block, a power of two.
         warps: of 32 threads each.
         stages: blocks that are on their way from memory at a time.
+        depth: channels that a projection takes at a time.
     """
 
     positions: int
@@ -51,6 +60,7 @@ class Tile(NamedTuple):
     value_channels: int
     warps: int
     stages: int
+    depth: int = 64
 
 
 # Chunks and numbers of each that are added up at a time.
@@ -69,6 +79,12 @@ def why_not(dtype: torch.dtype, key_channels: int, value_channels: int, groups: 
             f"powers of two; got Dk = {key_channels}, num_groups = {groups}"
         )
     return None
+
+
+def why_not_module(dtype: torch.dtype, key_channels: int, channels: int, groups: int) -> str | None:
+    """Why the kernels do not serve a folded module of C channels, or ``None`` if they do."""
+    # As attending does, they hold all key channels of a block, and values, here X, in tiles.
+    return why_not(dtype, key_channels, channels, groups)
 
 
 def padded_groups(key_channels: int, groups: int) -> tuple[int, int]:
@@ -107,6 +123,38 @@ def backward_tile(dtype: torch.dtype, key_channels: int, value_channels: int) ->
 def attend_tile(dtype: torch.dtype, key_channels: int, value_channels: int) -> Tile:
     """For ``attend``, whose programs hold all key channels."""
     return _tile(dtype, _padded(key_channels), value_channels)
+
+
+def pool_tile(dtype: torch.dtype, key_channels: int, channels: int) -> Tile:
+    """For ``pool``, whose programs take a tile of the keys' channels, and all of X's where that is possible."""
+    return sum_tile(dtype, min(_KEY_BLOCK, _padded(key_channels)), channels)
+
+
+def sum_tile(dtype: torch.dtype, key_block: int, channels: int) -> Tile:
+    """For sums over positions of a module: ``key_block`` channels of queries or keys by channels of X."""
+    value_block = min(_padded(channels), 256, _MOST_SUMS[dtype] // key_block)
+    few = key_block * value_block <= 64 * 64
+    depth = min(_DEPTH[dtype], _padded(channels))
+    return Tile(_MODULE_POSITIONS[dtype], key_block, value_block, 4 if few else 8, 2, depth)
+
+
+def position_tile(dtype: torch.dtype, key_block: int, channels: int) -> Tile:
+    """For what a module computes of every position, with all key channels at a time."""
+    depth = min(_DEPTH[dtype], _padded(channels))
+    positions = max(16, _MODULE_POSITIONS[dtype] * 128 // max(128, key_block))
+    return Tile(positions, key_block, depth, 4 if key_block <= 64 else 8, 2, depth)
+
+
+def heads_of_tile(groups: int, size: int) -> int:
+    """How many of the padded groups of a query's channels a tile holds: as many as there is room for."""
+    return min(groups, max(1, _KEY_BLOCK // size))
+
+
+def module_chunk_length(dtype: torch.dtype, positions: int, key_channels: int) -> int:
+    """Positions that one program of a module's sums goes through, a power of two, whatever the batch."""
+    # Sums of dk C numbers, of C channels of positions.
+    shortest = math.ceil(4 * key_channels / (_SHARE_OF_MODULE_SUMS * dtype.itemsize))
+    return _power_of_two(max(_SHORTEST_CHUNK, shortest, -(-positions // _MODULE_PROGRAMS)))
 
 
 def _tile(dtype: torch.dtype, key_block: int, value_channels: int) -> Tile:

@@ -1,4 +1,4 @@
-"""The operators for GPUs: what one program of each kernel computes. The only file that imports triton.
+"""The operators for GPUs: what one program of each kernel computes.
 
 A sequence is cut into chunks, and a program takes the blocks of one chunk, one after another. Chunks that have sums of
 their own (contexts, gradients of contexts) leave them in memory, and a second kernel adds them in the order of the
@@ -6,23 +6,26 @@ chunks, so that no result depends on which program ran first. ``triton_launch.py
 
 Names: i_ index of a program, o_ offsets, m_ masks, b_ blocks of values; B batch, H heads, N queries, M keys, Dk and Dv
 channels of keys and values. Sizes of blocks, in capitals, are known to the compiler, as are DK and DV; lengths and
-strides are not. ``BK`` is at least ``DK``, except in ``summarize``. Products take their operands as ``OPERANDS`` says:
-
-=============  =======================================================================================
-``bfloat16``   rounded to bfloat16, for tensor cores
-``tf32``       rounded to float32 of 11 bits, for tensor cores: has all the digits of float16 and none
-               of its limits, which weights of a long softmax and gradients of a loss exceed
-``ieee``       float32, on ordinary cores
-=============  =======================================================================================
+strides are not. ``BN`` positions are a block. ``BK`` is at least ``DK``, except in ``summarize``. ``OPERANDS``: see
+``triton_blocks.py``.
 """
 
 # What follows is compiled by triton, which needs annotations as they are and not as strings.
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# The lowest float32: stands for the largest key where there is none, for -inf - -inf is NaN.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+from .triton_blocks import (
+    LOWEST,
+    add_product,
+    grouped_channels,
+    load,
+    online_softmax,
+    operand,
+    product,
+    pull_back_softmax,
+    query_weights,
+    store,
+)
 
 
 @triton.jit
@@ -51,7 +54,7 @@ def summarize_kernel(
     mask_stride_m,
     DK: tl.constexpr,
     DV: tl.constexpr,
-    BM: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     SOFTMAX: tl.constexpr,
@@ -80,27 +83,23 @@ def summarize_kernel(
     b_mean = tl.zeros([BK, BV], tl.float32)
     start = i_c.to(tl.int64) * chunk
     end = tl.minimum(start + chunk, length)
-    for i_m in range(start, end, BM):
-        o_m = i_m + tl.arange(0, BM)
+    for i_m in range(start, end, BN):
+        o_m = i_m + tl.arange(0, BN)
         m_m = o_m < end
-        b_key = _load(key, o_m, m_m, key_stride_m, o_k, m_k, key_stride_c).to(tl.float32)
-        b_value = _load(value, o_m, m_m, value_stride_m, o_v, m_v, value_stride_c)
+        b_key = load(key, o_m, m_m, key_stride_m, o_k, m_k, key_stride_c).to(tl.float32)
+        b_value = load(value, o_m, m_m, value_stride_m, o_v, m_v, value_stride_c)
         if MASKED:
             m_m = m_m & (tl.load(mask + o_m * mask_stride_m, m_m, other=0) != 0)
             # Replaced, for masked positions may hold anything: 0 * NaN is NaN.
             b_value = tl.where(m_m[:, None], b_value, tl.zeros_like(b_value))
         if SOFTMAX:
-            b_key = tl.where(m_m[:, None], b_key, float("-inf"))
-            b_largest = tl.maximum(b_shift, tl.max(b_key, 0))
-            b_ratio = tl.exp(b_shift - b_largest)
-            b_weights = tl.exp(b_key - b_largest[None, :])  # [BM, BK]
-            b_total = b_total * b_ratio + tl.sum(b_weights, 0)
-            b_mean = b_mean * b_ratio[:, None]
-            b_shift = b_largest
+            b_weights, b_shift, b_total, b_mean = online_softmax(
+                b_key, m_m, b_shift, b_total, b_mean
+            )  # [BN, BK]
         else:
             b_weights = tl.where(m_m[:, None], b_key, 0.0)
             b_total += tl.sum(m_m.to(tl.float32), 0)
-        b_mean = _add_product(tl.trans(b_weights), b_value, b_mean, OPERANDS)
+        b_mean = add_product(tl.trans(b_weights), b_value, b_mean, OPERANDS)
 
     # The heaviest key alone weighs 1, as does each that is counted: what weighs less is nothing.
     b_mean = b_mean / tl.maximum(b_total, 1.0)[:, None]
@@ -124,10 +123,10 @@ def merge_kernel(
     chunks,
     DK: tl.constexpr,
     DV: tl.constexpr,
-    BC: tl.constexpr,
+    BN: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """One channel of a context, merged from those of all chunks, ``BC`` of them at a time and in their order."""
+    """One channel of a context, merged from those of all chunks, ``BN`` of them at a time and in their order."""
     TILES_V: tl.constexpr = (DV + BV - 1) // BV
     i = tl.program_id(0)
     i_v, i_k = i % TILES_V, i // TILES_V % DK
@@ -135,17 +134,17 @@ def merge_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = o_v < DV
 
-    b_shift = tl.full([BC], LOWEST, tl.float32)
-    for i_c in range(0, chunks, BC):
-        o_c = i_c + tl.arange(0, BC)
+    b_shift = tl.full([BN], LOWEST, tl.float32)
+    for i_c in range(0, chunks, BN):
+        o_c = i_c + tl.arange(0, BN)
         o = (i_bh * chunks + o_c) * DK + i_k
         b_shift = tl.maximum(b_shift, tl.load(shifts + o, o_c < chunks, other=LOWEST))
     b_largest = tl.max(b_shift, 0)
 
-    b_total = tl.zeros([BC], tl.float32)
-    b_mean = tl.zeros([BC, BV], tl.float32)
-    for i_c in range(0, chunks, BC):
-        o_c = i_c + tl.arange(0, BC)
+    b_total = tl.zeros([BN], tl.float32)
+    b_mean = tl.zeros([BN, BV], tl.float32)
+    for i_c in range(0, chunks, BN):
+        o_c = i_c + tl.arange(0, BN)
         m_c = o_c < chunks
         o = (i_bh * chunks + o_c) * DK + i_k
         b_weights = tl.load(totals + o, m_c, other=0.0)
@@ -164,16 +163,16 @@ def merge_kernel(
 
 
 @triton.jit
-def add_kernel(parts, whole, chunks, size, BC: tl.constexpr, BV: tl.constexpr):
+def add_kernel(parts, whole, chunks, size, BN: tl.constexpr, BV: tl.constexpr):
     """``BV`` numbers of the sum over chunks of ``parts [B * H, chunks, size]``, in the order of the chunks."""
     tiles = tl.cdiv(size, BV)
     i = tl.program_id(0)
     i_bh = (i // tiles).to(tl.int64)
     o_v = i % tiles * BV + tl.arange(0, BV)
     m_v = o_v < size
-    b_sum = tl.zeros([BC, BV], tl.float32)
-    for i_c in range(0, chunks, BC):
-        o_c = i_c + tl.arange(0, BC)
+    b_sum = tl.zeros([BN, BV], tl.float32)
+    for i_c in range(0, chunks, BN):
+        o_c = i_c + tl.arange(0, BN)
         m = (o_c < chunks)[:, None] & m_v[None, :]
         b_sum += tl.load(parts + (i_bh * chunks + o_c)[:, None] * size + o_v[None, :], m, other=0.0)
     tl.store(whole + i_bh * size + o_v, tl.sum(b_sum, 0), m_v)
@@ -216,7 +215,7 @@ def summarize_backward_kernel(
     d_value_stride_c,
     DK: tl.constexpr,
     DV: tl.constexpr,
-    BM: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     SOFTMAX: tl.constexpr,
@@ -256,44 +255,44 @@ def summarize_backward_kernel(
             b_correction = tl.zeros([BK], tl.float32)
             for i_w in range(TILES_V):
                 o_w = i_w * BV + tl.arange(0, BV)
-                b_d = _load(d_mean, o_k, m_k, DV, o_w, o_w < DV, 1)
-                b_correction += tl.sum(b_d * _load(mean, o_k, m_k, DV, o_w, o_w < DV, 1), 1)
+                b_d = load(d_mean, o_k, m_k, DV, o_w, o_w < DV, 1)
+                b_correction += tl.sum(b_d * load(mean, o_k, m_k, DV, o_w, o_w < DV, 1), 1)
             if WEIGHED:
                 b_correction -= tl.load(d_log_weight + i_bh * DK + o_k, m_k, other=0.0)
             b_correction = b_correction / b_divisor
-    b_slope = _load(d_mean, o_k, m_k, DV, o_v, m_v, 1) / b_divisor[:, None]  # [BK, BV]
-    b_slope = _operand(b_slope, OPERANDS)
+    b_slope = load(d_mean, o_k, m_k, DV, o_v, m_v, 1) / b_divisor[:, None]  # [BK, BV]
+    b_slope = operand(b_slope, OPERANDS)
 
     start = i_c.to(tl.int64) * chunk
     end = tl.minimum(start + chunk, length)
-    for i_m in range(start, end, BM):
-        o_m = i_m + tl.arange(0, BM)
+    for i_m in range(start, end, BN):
+        o_m = i_m + tl.arange(0, BN)
         m_m = o_m < end
         m_attended = m_m
         if MASKED:
             m_attended = m_m & (tl.load(mask + o_m * mask_stride_m, m_m, other=0) != 0)
         if SOFTMAX or NEEDS_VALUE:
-            b_weights = _load(key, o_m, m_m, key_stride_m, o_k, m_k, key_stride_c).to(tl.float32)
+            b_weights = load(key, o_m, m_m, key_stride_m, o_k, m_k, key_stride_c).to(tl.float32)
             if SOFTMAX:
                 b_weights = tl.exp(b_weights - b_shift[None, :])
-            b_weights = tl.where(m_attended[:, None], b_weights, 0.0)  # [BM, BK]
+            b_weights = tl.where(m_attended[:, None], b_weights, 0.0)  # [BN, BK]
         if NEEDS_VALUE:
-            b_d_value = _product(b_weights, b_slope, OPERANDS)  # [BM, BV]
-            _store(d_value, b_d_value, o_m, m_m, d_value_stride_m, o_v, m_v, d_value_stride_c)
+            b_d_value = product(b_weights, b_slope, OPERANDS)  # [BN, BV]
+            store(d_value, b_d_value, o_m, m_m, d_value_stride_m, o_v, m_v, d_value_stride_c)
         if NEEDS_KEY:
-            b_d_key = tl.zeros([BM, BK], tl.float32)
+            b_d_key = tl.zeros([BN, BK], tl.float32)
             for i_w in range(TILES_V):
                 o_w = i_w * BV + tl.arange(0, BV)
                 if TILES_V > 1:
-                    b_slope = _load(d_mean, o_k, m_k, DV, o_w, o_w < DV, 1) / b_divisor[:, None]
-                    b_slope = _operand(b_slope, OPERANDS)
-                b_value = _load(value, o_m, m_m, value_stride_m, o_w, o_w < DV, value_stride_c)
+                    b_slope = load(d_mean, o_k, m_k, DV, o_w, o_w < DV, 1) / b_divisor[:, None]
+                    b_slope = operand(b_slope, OPERANDS)
+                b_value = load(value, o_m, m_m, value_stride_m, o_w, o_w < DV, value_stride_c)
                 if MASKED:
                     b_value = tl.where(m_attended[:, None], b_value, tl.zeros_like(b_value))
-                b_d_key = _add_product(b_value, tl.trans(b_slope), b_d_key, OPERANDS)
+                b_d_key = add_product(b_value, tl.trans(b_slope), b_d_key, OPERANDS)
             if SOFTMAX:
                 b_d_key = (b_d_key - b_correction[None, :]) * b_weights
-            _store(d_key, b_d_key, o_m, m_m, d_key_stride_m, o_k, m_k, d_key_stride_c)
+            store(d_key, b_d_key, o_m, m_m, d_key_stride_m, o_k, m_k, d_key_stride_c)
 
 
 @triton.jit
@@ -329,24 +328,24 @@ def attend_kernel(
     i_v, i_c = i % TILES, i // TILES % chunks
     i_bh = (i // TILES // chunks).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
-    o_k, m_k, _ = _grouped_channels(DK, GROUPS, BG, BS)
+    o_k, m_k, _ = grouped_channels(0, DK, GROUPS, BG, BS)
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = o_v < DV
     query += i_b * query_stride_b + i_h * query_stride_h
     output += i_b * output_stride_b + i_h * output_stride_h
-    b_mean = _load(mean + i_bh * DK * DV, o_k, m_k, DV, o_v, m_v, 1)
-    b_mean = _operand(b_mean, OPERANDS)  # [BK, BV]
+    b_mean = load(mean + i_bh * DK * DV, o_k, m_k, DV, o_v, m_v, 1)
+    b_mean = operand(b_mean, OPERANDS)  # [BK, BV]
 
     start = i_c.to(tl.int64) * chunk
     end = tl.minimum(start + chunk, length)
     for i_n in range(start, end, BN):
         o_n = i_n + tl.arange(0, BN)
         m_n = o_n < end
-        b_weights = _query_weights(
+        b_weights = query_weights(
             query, o_n, m_n, query_stride_n, query_stride_c, DK, BN, GROUPS, BG, BS, SOFTMAX
         )
-        b_output = _product(b_weights, b_mean, OPERANDS)
-        _store(output, b_output, o_n, m_n, output_stride_n, o_v, m_v, output_stride_c)
+        b_output = product(b_weights, b_mean, OPERANDS)
+        store(output, b_output, o_n, m_n, output_stride_n, o_v, m_v, output_stride_c)
 
 
 @triton.jit
@@ -397,7 +396,7 @@ def attend_backward_kernel(
     i_v, i_c = i % TILES, i // TILES % chunks
     i_bh = (i // TILES // chunks).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
-    o_k, m_k, _ = _grouped_channels(DK, GROUPS, BG, BS)
+    o_k, m_k, _ = grouped_channels(0, DK, GROUPS, BG, BS)
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = o_v < DV
     d_output += i_b * d_output_stride_b + i_h * d_output_stride_h
@@ -406,7 +405,7 @@ def attend_backward_kernel(
     mean += i_bh * DK * DV
 
     if NEEDS_QUERY:
-        b_mean = _operand(_load(mean, o_k, m_k, DV, o_v, m_v, 1), OPERANDS)  # [BK, BV]
+        b_mean = operand(load(mean, o_k, m_k, DV, o_v, m_v, 1), OPERANDS)  # [BK, BV]
     if NEEDS_MEAN:
         b_d_mean = tl.zeros([BK, BV], tl.float32)
     start = i_c.to(tl.int64) * chunk
@@ -415,160 +414,28 @@ def attend_backward_kernel(
         o_n = i_n + tl.arange(0, BN)
         m_n = o_n < end
         if SOFTMAX or NEEDS_MEAN:
-            b_weights = _query_weights(
+            b_weights = query_weights(
                 query, o_n, m_n, query_stride_n, query_stride_c, DK, BN, GROUPS, BG, BS, SOFTMAX
             )
         if NEEDS_MEAN or TILES_V == 1:
-            b_d_output = _load(d_output, o_n, m_n, d_output_stride_n, o_v, m_v, d_output_stride_c)
+            b_d_output = load(d_output, o_n, m_n, d_output_stride_n, o_v, m_v, d_output_stride_c)
         if NEEDS_MEAN:
-            b_d_mean = _add_product(tl.trans(b_weights), b_d_output, b_d_mean, OPERANDS)
+            b_d_mean = add_product(tl.trans(b_weights), b_d_output, b_d_mean, OPERANDS)
         if NEEDS_QUERY:
             b_slope = tl.zeros([BN, BK], tl.float32)
             for i_w in range(TILES_V):
                 if TILES_V > 1:
                     o_w = i_w * BV + tl.arange(0, BV)
                     m_w = o_w < DV
-                    b_mean = _operand(_load(mean, o_k, m_k, DV, o_w, m_w, 1), OPERANDS)
-                    b_d_output = _load(
+                    b_mean = operand(load(mean, o_k, m_k, DV, o_w, m_w, 1), OPERANDS)
+                    b_d_output = load(
                         d_output, o_n, m_n, d_output_stride_n, o_w, m_w, d_output_stride_c
                     )
-                b_slope = _add_product(b_d_output, tl.trans(b_mean), b_slope, OPERANDS)
+                b_slope = add_product(b_d_output, tl.trans(b_mean), b_slope, OPERANDS)
             if SOFTMAX:
-                b_slope = _pull_back_softmax(b_slope, b_weights, BN, BG, BS)
-            _store(d_query, b_slope, o_n, m_n, d_query_stride_n, o_k, m_k, d_query_stride_c)
+                b_slope = pull_back_softmax(b_slope, b_weights, BN, BG, BS)
+            store(d_query, b_slope, o_n, m_n, d_query_stride_n, o_k, m_k, d_query_stride_c)
 
     if NEEDS_MEAN:
         d_mean += (i_bh * chunks + i_c) * DK * DV
         tl.store(d_mean + o_k[:, None] * DV + o_v, b_d_mean, m_k[:, None] & m_v[None, :])
-
-
-@triton.jit
-def _grouped_channels(DK: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr, BS: tl.constexpr):
-    """``BG`` groups of ``BS`` channels, powers of two, for GROUPS equal parts of DK: where each channel is, and masks.
-
-    The masks say which channels exist, and which belong to a group that exists.
-    """
-    SIZE: tl.constexpr = DK // GROUPS
-    o = tl.arange(0, BG * BS)
-    m_group = o < GROUPS * BS
-    m = m_group & (o % BS < SIZE)
-    if SIZE < BS:
-        o = o // BS * SIZE + o % BS
-    return o, m, m_group
-
-
-@triton.jit
-def _query_weights(
-    query,
-    o_n,
-    m_n,
-    stride_n,
-    stride_c,
-    DK: tl.constexpr,
-    BN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BG: tl.constexpr,
-    BS: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-):
-    """``rho_q`` of a block of queries, ``[BN, BG * BS]`` in float32; finite in rows that do not exist."""
-    o_k, m_k, m_group = _grouped_channels(DK, GROUPS, BG, BS)
-    b_query = _load(query, o_n, m_n, stride_n, o_k, m_k, stride_c).to(tl.float32)
-    if SOFTMAX:
-        # A group that does not exist is left at 0: softmax of nothing but -inf is NaN.
-        b_query = tl.where((m_k | ~m_group)[None, :], b_query, float("-inf"))
-        if BG == 1:
-            b_query = tl.exp(b_query - tl.max(b_query, 1)[:, None])
-            b_query = b_query / tl.sum(b_query, 1)[:, None]
-        else:
-            b_query = tl.reshape(b_query, (BN, BG, BS))
-            b_query = tl.exp(b_query - tl.max(b_query, 2)[:, :, None])
-            b_query = b_query / tl.sum(b_query, 2)[:, :, None]
-            b_query = tl.reshape(b_query, (BN, BG * BS))
-    return b_query
-
-
-@triton.jit
-def _pull_back_softmax(b_slope, b_weights, BN: tl.constexpr, BG: tl.constexpr, BS: tl.constexpr):
-    """dL/dQ from dL/dA, for A the softmax of Q over the channels of each group."""
-    if BG == 1:
-        b_slope = (b_slope - tl.sum(b_slope * b_weights, 1)[:, None]) * b_weights
-    else:
-        b_slope = tl.reshape(b_slope, (BN, BG, BS))
-        b_weights = tl.reshape(b_weights, (BN, BG, BS))
-        b_slope = (b_slope - tl.sum(b_slope * b_weights, 2)[:, :, None]) * b_weights
-        b_slope = tl.reshape(b_slope, (BN, BG * BS))
-    return b_slope
-
-
-@triton.jit
-def _load(base, o_rows, m_rows, stride_rows, o_columns, m_columns, stride_columns):
-    """Numbers of ``base`` at rows and columns, 0 where either does not exist."""
-    o = (
-        o_rows.to(tl.int64)[:, None] * stride_rows
-        + o_columns.to(tl.int64)[None, :] * stride_columns
-    )
-    return tl.load(base + o, m_rows[:, None] & m_columns[None, :], other=0.0)
-
-
-@triton.jit
-def _store(base, b_x, o_rows, m_rows, stride_rows, o_columns, m_columns, stride_columns):
-    """Numbers of ``base`` at rows and columns that exist, in its dtype, rounded to nearest."""
-    o = (
-        o_rows.to(tl.int64)[:, None] * stride_rows
-        + o_columns.to(tl.int64)[None, :] * stride_columns
-    )
-    b_x = _narrow(b_x, base.dtype.element_ty)
-    tl.store(base + o, b_x, m_rows[:, None] & m_columns[None, :])
-
-
-@triton.jit
-def _product(b_a, b_b, OPERANDS: tl.constexpr):
-    return tl.dot(
-        _operand(b_a, OPERANDS),
-        _operand(b_b, OPERANDS),
-        input_precision="ieee" if OPERANDS == "ieee" else "tf32",
-    )
-
-
-@triton.jit
-def _add_product(b_a, b_b, b_sum, OPERANDS: tl.constexpr):
-    return tl.dot(
-        _operand(b_a, OPERANDS),
-        _operand(b_b, OPERANDS),
-        b_sum,
-        input_precision="ieee" if OPERANDS == "ieee" else "tf32",
-    )
-
-
-@triton.jit
-def _operand(b_x, OPERANDS: tl.constexpr):
-    """A block as products take it; to do it twice changes nothing."""
-    if OPERANDS == "bfloat16":
-        b_x = _narrow(b_x, tl.bfloat16)
-        if INTERPRETED:
-            # Triton's interpreter multiplies the bits of bfloat16 as integers.
-            b_x = b_x.to(tl.float32)
-    else:
-        b_x = b_x.to(tl.float32)
-        if OPERANDS == "tf32":
-            # Tensor cores would ignore what tf32 has no room for, which is to round towards zero.
-            b_x = _rounded(b_x, 13)
-    return b_x
-
-
-@triton.jit
-def _narrow(b_x, dtype: tl.constexpr):
-    """A block in a narrower dtype, rounded to nearest."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        # Triton's interpreter rounds to bfloat16 towards zero.
-        b_x = _rounded(b_x.to(tl.float32), 16)
-    return b_x.to(dtype)
-
-
-@triton.jit
-def _rounded(b_x, BITS: tl.constexpr):
-    """float32 without its last bits, rounded to nearest; infinities and NaN as they are."""
-    b_bits = b_x.to(tl.int32, bitcast=True) + (1 << (BITS - 1))
-    b_rounded = (b_bits & -(1 << BITS)).to(tl.float32, bitcast=True)
-    return tl.where(b_x == b_x, b_rounded, b_x)

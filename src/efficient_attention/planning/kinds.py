@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import modules
+from ..modules.dot_product import DotProductModule
 from ..modules.features import FeatureMaps, Tokens
-from ..modules.projected import DotProductModule
 
 #: Kinds and how tables call them.
 KINDS = {

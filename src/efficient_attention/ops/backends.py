@@ -1,0 +1,107 @@
+"""Which implementation computes an operator: the one that ``backend`` names, or what serves the tensors best."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import blocked, streamed
+from .precision import without_autocast
+from .tiling import why_not, why_not_module
+
+# What "auto" is on a GPU. To be "triton", where that serves the call, once a GPU has shown the kernels to be right and
+# faster; so far they have run in Triton's interpreter alone: docs/gpu.md.
+AUTO_ON_CUDA = "blocked"
+
+# Of the streamed module, whose products are taken in them.
+_STREAMED = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def implementation(automatic: str, name: str) -> Callable:
+    """An operator by the backend that is named; for ``"auto"`` by ``automatic`` where that serves the call.
+
+    It keeps an active autocast from choosing the precision of the products inside.
+    """
+
+    @functools.wraps(getattr(_file_of("blocked", name), name))
+    def run(*args: Any, backend: str = "auto") -> Any:
+        device = args[0].device
+        chosen = automatic if backend == "auto" else backend
+        if chosen == "triton" and (reason := _why_not_on(device) or _OBSTACLES[name](*args)):
+            if backend == "triton":
+                raise NotImplementedError(f"backend='triton': {reason}; use backend='auto'")
+            chosen = "blocked"
+        with without_autocast(device):
+            return getattr(_file_of(chosen, name), name)(*args)
+
+    return run
+
+
+def serves_module(weights: Sequence[Tensor], num_heads: int, backend: str) -> bool:
+    """Whether ``folded`` serves a module with these weights as one operator, or its steps are better run one by one."""
+    device, dtype = weights[0].device, weights[0].dtype
+    if backend == "auto":
+        backend = AUTO_ON_CUDA if device.type == "cuda" else "blocked"
+    if backend == "triton":
+        return (_why_not_on(device) or _why_not_folded(weights, num_heads)) is None
+    return backend == "blocked" and device.type == "cpu" and dtype in _STREAMED
+
+
+@functools.cache
+def _why_not_on(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda":
+        # In Triton's interpreter, which is for tests, kernels run on any device.
+        from .triton_blocks import INTERPRETED
+
+        return None if INTERPRETED else f"it runs on CUDA devices; got {device.type}"
+    if torch.version.hip is not None:
+        return "it runs on NVIDIA GPUs; this torch is for those of AMD"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"it needs compute capability 8.0; this device has {major}.{minor}"
+    return None
+
+
+def _file_of(backend: str, name: str) -> ModuleType:
+    """What computes an operator; its names are those of the operators."""
+    module = name.startswith("folded")
+    if backend == "blocked":
+        return streamed if module else blocked
+    # They import triton, which is optional and slow to load.
+    if module:
+        from . import triton_module_launch
+
+        return triton_module_launch
+    from . import triton_launch
+
+    return triton_launch
+
+
+def _why_not_folded(weights: Sequence[Tensor], num_heads: int) -> str | None:
+    """Why the Triton kernels cannot serve a folded module with these weights, or ``None`` if they can."""
+    key_channels, channels = weights[0].shape[:2]
+    return why_not_module(weights[0].dtype, key_channels, channels, num_heads)
+
+
+# For each operator, why the kernels do not serve its arguments.
+_OBSTACLES: dict[str, Callable[..., str | None]] = {
+    "summarize": lambda key, value, *_: why_not(key.dtype, key.shape[-1], value.shape[-1], 1),
+    "summarize_backward": lambda d_mean, d_log_weight, *args: _OBSTACLES["summarize"](*args),
+    "attend": lambda query, mean, normalization, num_groups: why_not(
+        query.dtype, query.shape[-1], mean.shape[-1], num_groups
+    ),
+    "attend_backward": lambda d_output, *args: _OBSTACLES["attend"](*args[:4]),
+    "folded": lambda x, source, mask, weights, biases, normalization, num_heads, *_: (
+        _why_not_folded(weights, num_heads)
+    ),
+    "folded_": lambda *args: _OBSTACLES["folded"](*args),
+    "folded_backward": lambda d_output, *args: _OBSTACLES["folded"](*args),
+}

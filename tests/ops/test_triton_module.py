@@ -1,0 +1,374 @@
+"""The folded module's Triton kernels against the oracle: compiled on a GPU where there is one, else interpreted.
+
+What the interpreter shows and what not: ``test_triton_interpreter.py``.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import efficient_attention as ea
+from efficient_attention.ops import library, reference, streamed
+from efficient_attention.testing import assert_as_precise_as_plain, relative_error
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from efficient_attention.ops import triton_module_launch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+NORMALIZATIONS = ["softmax", "scaling"]
+# B, C, S (None: attends to itself), dk, dv, h, N, M: heads and channels that fill no tile; channels of X, and of keys,
+# in several. Not fewer: a few numbers of a plain run may be right by chance.
+SIZES = [
+    (2, 20, None, 36, 18, 3, 37, 37),
+    (2, 17, 15, 16, 24, 2, 37, 53),
+    (1, 150, 20, 20, 16, 1, 19, 21),
+    (1, 20, None, 140, 20, 4, 24, 24),
+]
+NAMES = ["output", "x", "source", *(f"weights {i}" for i in range(4)), *(f"biases {i}" for i in range(4))]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """Chunks of 32 positions, so that small inputs take several, of which the last is not full."""
+    monkeypatch.setattr(triton_module_launch, "module_chunk_length", lambda *_: 32)
+
+
+def inputs_of(batch, c, s, dk, dv, heads, queries, keys, *, dtype=torch.float32, tokens=False):
+    """``x, source, weights, biases, heads``: layers as they are initialized, numbers that the dtype can hold."""
+
+    def draw(*shape, scale=1.0):
+        x = torch.randn(shape, dtype=torch.float64) * scale
+        return x.to(dtype).to(DEVICE)
+
+    def features(channels, positions):
+        if tokens:
+            return draw(batch, positions, channels).mT
+        return draw(batch, channels, positions)
+
+    x = features(c, queries)
+    source = None if s is None else features(s, keys)
+    attended = c if s is None else s
+    shapes = ((dk, c), (dk, attended), (dv, attended), (c, dv))
+    weights = [draw(*shape, scale=shape[1] ** -0.5) for shape in shapes]
+    return x, source, weights, [draw(len(w), scale=0.3) for w in weights], heads
+
+
+def mask_of(batch, keys):
+    mask = torch.rand(batch, keys) > 0.4
+    mask[:, 0] = True
+    return mask.to(DEVICE)
+
+
+def run(function, given, mask, normalization, *, residual=True, dtype=None):
+    """The output, and the gradients of all that has one."""
+    x, source, weights, biases, heads = given
+
+    def leaf(t):
+        return None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
+
+    x, source = leaf(x), leaf(source)
+    weights, biases = [leaf(w) for w in weights], [leaf(b) for b in biases]
+    output = function(x, source, mask, weights, biases, normalization, heads, residual)
+    output = output[0] if isinstance(output, tuple) else output
+    slope = torch.randn(output.shape, dtype=torch.float64, generator=torch.manual_seed(1))
+    leaves = [t for t in (x, source, *weights, *biases) if t is not None]
+    found = iter(torch.autograd.grad(output, leaves, slope.to(output)))
+    gradients = [None if t is None else next(found) for t in (x, source, *weights, *biases)]
+    return output, *gradients
+
+
+def by_kernels(*args):
+    return library.folded(*args, backend="triton")
+
+
+def plain(x, source, mask, weights, biases, normalization, heads, residual):
+    """The module as a user would type it, every step in the inputs' dtype."""
+    attended = x if source is None else source
+    if mask is not None:
+        attended = attended.masked_fill(~mask.unsqueeze(1), 0)
+    query, key, value = (
+        (w @ y + b.unsqueeze(-1)).unflatten(1, (heads, -1))
+        for w, b, y in zip(weights[:3], biases[:3], (x, attended, attended), strict=True)
+    )
+    count = key.shape[-1] if mask is None else mask.sum(-1)[:, None, None, None]
+    hidden = torch.zeros_like(key, dtype=torch.bool) if mask is None else ~mask[:, None, None]
+    if normalization == "softmax":
+        query, key = query.softmax(2), key.masked_fill(hidden, -torch.inf).softmax(-1)
+    else:
+        key = (key / count).masked_fill(hidden, 0).to(x.dtype)
+    output = weights[3] @ ((key @ value.mT).mT @ query).flatten(1, 2) + biases[3].unsqueeze(-1)
+    return x + output if residual else output
+
+
+def assert_precise(got, low, exact):
+    for name, *results in zip(NAMES, got, low, exact, strict=True):
+        if results[2] is None:
+            continue
+        if results[2].norm() < 1e-9 * exact[0].norm():
+            assert not results[0].any(), name
+            continue
+        assert_as_precise_as_plain(*results, name)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_values_and_gradients_are_as_precise_as_a_plain_run(normalization, dtype, sizes):
+    given = inputs_of(*sizes, dtype=dtype)
+    assert_precise(
+        run(by_kernels, given, None, normalization),
+        run(plain, given, None, normalization),
+        run(plain, given, None, normalization, dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_positions_count_for_nothing(normalization, dtype):
+    given, mask = inputs_of(*SIZES[0], dtype=dtype), mask_of(2, 37)
+    assert_precise(
+        run(by_kernels, given, mask, normalization, residual=False),
+        run(plain, given, mask, normalization, residual=False),
+        run(plain, given, mask, normalization, residual=False, dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_masks_hide_whatever_is_there(normalization, rows):
+    x, source, weights, biases, heads = inputs_of(*SIZES[1])
+    mask = mask_of(rows, 53)
+    if rows == 2:
+        mask[0] = False  # nothing in the first sample
+    hidden = ~mask.unsqueeze(1).expand_as(source)
+    given = (x, source.masked_fill(hidden, torch.nan), weights, biases, heads)
+    got = run(by_kernels, given, mask, normalization)
+    expected = run(
+        reference.module, (x, source, *given[2:]), mask, normalization, dtype=torch.float64
+    )
+    for name, a, b in zip(NAMES, got, expected, strict=True):
+        if normalization == "softmax" and name == "biases 1":
+            assert not a.any()
+            continue
+        assert relative_error(a, b) < 2e-6, name
+    assert not got[2].masked_select(hidden).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_memory_layout_changes_no_bit_and_is_kept(dtype):
+    x, source, *module = inputs_of(*SIZES[1], dtype=dtype)
+    expected = run(by_kernels, (x, source, *module), None, "softmax")
+
+    def strided(y):
+        wide = y.new_full((y.shape[0], 2 * y.shape[1] + 1, 2 * y.shape[2] + 1), torch.nan)
+        wide[:, 1::2, 1::2] = y
+        return wide[:, 1::2, 1::2]
+
+    for lay_out in (lambda y: y.mT.contiguous().mT, strided):
+        summary = triton_module_launch.folded(
+            lay_out(x), lay_out(source), None, *module[:2], "softmax", module[2], True
+        )
+        assert torch.equal(summary[0], expected[0])
+    got = run(by_kernels, (x.mT.contiguous().mT, source, *module), None, "softmax")
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert got[0].stride() == got[1].stride() == x.mT.contiguous().mT.stride()
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_what_the_first_pass_leaves_is_what_the_streamed_module_leaves(normalization):
+    x, source, *module = inputs_of(*SIZES[1])
+    mask = mask_of(2, 53)
+    mask[1] = False
+    args = (x, source, mask, *module[:2], normalization, module[2], True)
+    got = triton_module_launch.folded(*args)
+    torch.testing.assert_close(got, streamed.folded(*args), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)
+def test_gradients_that_nobody_asked_for_are_empty(needs):
+    x, source, *module = inputs_of(*SIZES[1])
+    args = (x, source, None, *module[:2], "softmax", module[2], True)
+    _, *summary = triton_module_launch.folded(*args)
+    d_output = torch.randn_like(x)
+    every = triton_module_launch.folded_backward(d_output, *args, *summary, (True, True, True))
+    got = triton_module_launch.folded_backward(d_output, *args, *summary, needs)
+    for i, (some, full) in enumerate(zip(got, every, strict=True)):
+        assert torch.equal(some, full) if needs[min(i, 2)] else some.numel() == 0
+
+
+def test_layers_without_biases_have_no_gradients_of_them():
+    x, source, weights, _, heads = inputs_of(*SIZES[0])
+    for normalization in NORMALIZATIONS:
+        args = (x, source, None, weights, [None] * 4, normalization, heads, False)
+        output, *summary = triton_module_launch.folded(*args)
+        expected = streamed.folded(*args)
+        torch.testing.assert_close(output, expected[0], rtol=1e-5, atol=1e-5)
+        slope = torch.randn_like(x)
+        got = triton_module_launch.folded_backward(slope, *args, *summary, (True,) * 3)
+        expected = streamed.folded_backward(slope, *args, *expected[1:], (True,) * 3)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_written_over_its_input_it_is_the_same():
+    for sizes in SIZES[:2]:
+        x, source, *module = inputs_of(*sizes)
+        args = (source, None, *module[:2], "softmax", module[2], True)
+        expected, *_ = triton_module_launch.folded(x, *args)
+        triton_module_launch.folded_(x, *args)
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repetition_changes_no_bit_and_batch_mates_none_of_a_sum(dtype):
+    x, _, *module = inputs_of(*SIZES[0], dtype=dtype)
+    options = (None, None, *module[:2], "softmax", module[2], True)
+    together, again, alone = (triton_module_launch.folded(y, *options) for y in (x, x, x[:1]))
+    assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
+    # Not the output: a library of products may round those of a context differently in another batch.
+    assert all(torch.equal(a[:1], b) for a, b in zip(together[1:], alone[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (0, 4, None, 4, 4, 2, 5, 5),
+        (1, 4, None, 4, 4, 2, 0, 0),
+        (1, 4, 3, 4, 4, 2, 5, 0),
+        (1, 4, None, 4, 4, 2, 1, 1),
+        (1, 1, None, 1, 1, 1, 2, 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_nothing_and_one_position_give_what_the_oracle_gives(sizes, normalization):
+    given = inputs_of(*sizes)
+    got = run(by_kernels, given, None, normalization)
+    expected = run(reference.module, given, None, normalization)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strides", [(1 << 28, 1), (1, 1 << 28)], ids=["channels", "positions"])
+def test_offsets_beyond_two_billion_elements_are_right(strides):
+    # Memory that is touched at 16 x 20 places only, and up to 10 GB apart.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    x, _, *module = inputs_of(1, 16, None, 4, 8, 2, 20, 20, dtype=torch.float16)
+    far = torch.empty(16 * strides[0] + 20 * strides[1], dtype=torch.float16, device=DEVICE)
+    far = far.as_strided(x.shape, (1, *strides)).copy_(x)
+    options = (None, None, *module[:2], "softmax", module[2], True)
+    (expected, *_), (_, *summary) = (triton_module_launch.folded(y, *options) for y in (x, x))
+    slopes = triton_module_launch.folded_backward(x, x, *options, *summary, (False, False, True))
+    triton_module_launch.folded_(far, *options)
+    assert torch.equal(far, expected)
+    far.copy_(x)
+    got = triton_module_launch.folded_backward(far, far, *options, *summary, (False, False, True))
+    assert all(torch.equal(a, b) for a, b in zip(got, slopes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "reason"),
+    [
+        ((1, 4, None, 300, 4, 1, 5, 5), torch.float32, "up to 256 key channels.*got Dk = 300"),
+        ((1, 4, None, 4, 4, 1, 5, 5), torch.float64, "float16, bfloat16 or float32"),
+    ],
+    ids=["channels", "dtype"],
+)
+def test_a_named_backend_says_why_it_cannot_serve(sizes, dtype, reason):
+    x, _, *module = inputs_of(*sizes, dtype=dtype)
+    with pytest.raises(NotImplementedError, match=f"backend='triton': .*{reason}.*'auto'"):
+        by_kernels(x, None, None, *module[:2], "softmax", module[2], True)
+
+
+def test_operators_pass_opcheck():
+    x, source, weights, biases, heads = inputs_of(*SIZES[1], tokens=True)
+    mask = mask_of(2, 53)
+    tests = ("test_schema", "test_faketensor")
+    options = {"backend": "triton"}
+    args = (x, source, mask, weights, biases, "softmax", heads, True)
+    torch.library.opcheck(library.folded, args, options, test_utils=tests)
+    torch.library.opcheck(library.folded_, args, options, test_utils=tests)
+    _, *summary = library.folded(*args, **options)
+    for needs in ([True, True, True], [False, True, False]):
+        arguments = (torch.randn_like(x), *args, *summary, needs)
+        torch.library.opcheck(library.folded_backward, arguments, options, test_utils=tests)
+
+
+@pytest.mark.parametrize("kind", [ea.EfficientAttention, ea.EfficientAttention2d])
+def test_modules_take_the_kernels_where_they_are_named(kind, monkeypatch):
+    calls = []
+    for name in ("folded", "folded_", "folded_backward"):
+        function = getattr(triton_module_launch, name)
+        monkeypatch.setattr(
+            triton_module_launch,
+            name,
+            lambda *args, name=name, function=function: calls.append(name) or function(*args),
+        )
+    module = kind(6, key_channels=4, value_channels=8, init="official", device=DEVICE)
+    x = torch.randn((2, 9, 6) if kind is ea.EfficientAttention else (2, 6, 3, 3), device=DEVICE)
+    results = []
+    for backend in ("auto", "triton"):
+        module.backend = backend
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        y.sin().sum().backward()
+        results.append((y, leaf.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert calls == ["folded", "folded_backward"]
+    module.inplace = True
+    with torch.no_grad():
+        y = x.clone()
+        assert module(y) is y
+    assert calls[2:] == ["folded_"]
+    torch.testing.assert_close(y, results[0][0])
+    assert "backend='triton'" in repr(module)
+
+
+def test_a_module_whose_layers_are_watched_runs_the_operators_kernels():
+    sizes = {"key_channels": 4, "value_channels": 8}
+    module = ea.EfficientAttention(6, **sizes, init="official", device=DEVICE)
+    x, seen = torch.randn(2, 9, 6, device=DEVICE), []
+    expected = module(x)
+    module.queries.register_forward_hook(lambda *_: seen.append(1))
+    module.backend = "triton"
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+    assert seen
+    module.double()
+    with pytest.raises(NotImplementedError, match=r"backend='triton': it computes in float16"):
+        module(x.double())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_calls_can_be_captured_in_a_graph():
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    x, _, weights, biases, heads = inputs_of(
+        2, 256, None, 128, 256, 8, 3000, 3000, dtype=torch.bfloat16
+    )
+    leaves = [t.requires_grad_() for t in (x, *weights, *biases)]
+    slope = torch.randn_like(x)
+
+    def step():
+        output, *_ = by_kernels(x, None, None, weights, biases, "softmax", heads, True)
+        return output, *torch.autograd.grad(output, leaves, slope)
+
+    expected = step()  # compiles, which must not happen during a capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes a GPU's time")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("c", "dk", "heads"), [(256, 128, 8), (256, 128, 1), (512, 256, 4)])
+def test_large_maps_are_as_precise_as_a_plain_run(dtype, c, dk, heads):
+    given = inputs_of(1, c, None, dk, c, heads, 30_001, 30_001, dtype=dtype)
+    assert_precise(
+        run(by_kernels, given, None, "softmax"),
+        run(plain, given, None, "softmax"),
+        run(plain, given, None, "softmax", dtype=torch.float64),
+    )
