@@ -47,7 +47,8 @@ OPS = {
     "triton_blocks": set(),
     "triton_kernels": {"triton_blocks"},
     "triton_module_kernels": {"triton_blocks"},
-    "triton_programs": {"tiling", "triton_kernels"},
+    "tuning": {"tiling"},
+    "triton_programs": {"tiling", "triton_blocks", "triton_kernels", "tuning"},
     "triton_launch": {"layout", "tiling", "triton_kernels", "triton_programs"},
     "triton_module_launch": {
         "folding",

@@ -57,6 +57,13 @@ def add_subjects(
             "tell what a sample of training data costs",
             "benchmarks/results/samples",
         ),
+        (
+            "predict",
+            _add_nothing,
+            _predict,
+            "compile the kernels for GPUs that are not at hand, and predict their times",
+            "benchmarks/results/predictions",
+        ),
     ):
         parser = subjects.add_parser(name, help=summary, description=summary.capitalize() + ".")
         parser.set_defaults(run=partial(run, report), command=f"bench {name}")
@@ -161,6 +168,17 @@ def _samples(report: Report, options: argparse.Namespace) -> None:
         output=options.output,
         report=report,
     )
+
+
+def _add_nothing(parser: argparse.ArgumentParser, integer: Callable[[int], Callable]) -> None: ...
+
+
+def _predict(report: Report, options: argparse.Namespace) -> None:
+    try:
+        from .prediction import predict_kernels
+    except ModuleNotFoundError as error:
+        raise ImportError(f"it needs {error.name}, which comes with torch for CUDA") from error
+    predict_kernels(output=options.output, report=report)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

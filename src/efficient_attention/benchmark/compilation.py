@@ -20,8 +20,9 @@ from triton.compiler import ASTSource
 
 from ..ops import triton_programs
 from ..ops.tiling import Tile
+from .gpu_model import Resources
 
-__all__ = ["Launch", "Resources", "compile_launch", "launches_of"]
+__all__ = ["Launch", "compile_launch", "launches_of"]
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8"}
 
@@ -34,28 +35,6 @@ class Launch(NamedTuple):
     tile: Tile
     arguments: Sequence[Any]
     sizes: dict[str, Any]
-
-
-class Resources(NamedTuple):
-    """What a compiled kernel takes.
-
-    Attributes:
-        kernel: its name.
-        registers: of a thread.
-        stack: bytes of a thread, in memory: what did not fit into its registers.
-        shared: bytes of shared memory of a program.
-        warps: of 32 threads each.
-        tensor_cores: whether its products are theirs.
-        vectors: whether it loads 16 bytes at a time.
-    """
-
-    kernel: str
-    registers: int
-    stack: int
-    shared: int
-    warps: int
-    tensor_cores: bool
-    vectors: bool
 
 
 def launches_of(call: Callable[[], Any]) -> list[Launch]:
@@ -86,7 +65,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     Not part of the paper.
     """
     if not isinstance(launch.kernel, triton.JITFunction):
-        raise RuntimeError("kernels are interpreted in this process: TRITON_INTERPRET is set")
+        raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET")
     types, constants, attributes = _signature(launch)
     compiled = triton.compile(
         ASTSource(launch.kernel, types, constants, attributes),

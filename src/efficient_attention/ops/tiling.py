@@ -36,11 +36,17 @@ _POSITIONS = {
 
 # The same for a folded module, whose tiles of key channels multiply its programs.
 _MODULE_PROGRAMS = 512
-_SHARE_OF_MODULE_SUMS = 1 / 4
-# Channels of keys in a tile; channels of X that a projection takes at a time; positions of a block.
+_SHARE_OF_MODULE_SUMS = 1 / 2
+# Channels of keys in a tile, and channels of X that a projection takes at a time.
 _KEY_BLOCK = 64
 _DEPTH = {torch.bfloat16: 64, torch.float16: 32, torch.float32: 32}
-_MODULE_POSITIONS = {torch.bfloat16: 64, torch.float16: 32, torch.float32: 32}
+# Positions of a block for sums, for the output, for gradients of inputs: half of it beside more than 128 key channels.
+# Weights are read again for each block, from the second-level cache, which is what long blocks spare.
+_MODULE_POSITIONS = {
+    torch.bfloat16: (64, 128, 64),
+    torch.float16: (32, 32, 16),
+    torch.float32: (32, 32, 32),
+}
 
 
 class Tile(NamedTuple):
@@ -133,16 +139,27 @@ def pool_tile(dtype: torch.dtype, key_channels: int, channels: int) -> Tile:
 def sum_tile(dtype: torch.dtype, key_block: int, channels: int) -> Tile:
     """For sums over positions of a module: ``key_block`` channels of queries or keys by channels of X."""
     value_block = min(_padded(channels), 256, _MOST_SUMS[dtype] // key_block)
+    tile = _module_tile(dtype, key_block, channels, _MODULE_POSITIONS[dtype][0])
     few = key_block * value_block <= 64 * 64
-    depth = min(_DEPTH[dtype], _padded(channels))
-    return Tile(_MODULE_POSITIONS[dtype], key_block, value_block, 4 if few else 8, 2, depth)
+    return tile._replace(value_channels=value_block, warps=4 if few else 8)
 
 
-def position_tile(dtype: torch.dtype, key_block: int, channels: int) -> Tile:
-    """For what a module computes of every position, with all key channels at a time."""
+def output_tile(dtype: torch.dtype, key_block: int, channels: int) -> Tile:
+    """For the output of a module, with all key channels at a time."""
+    return _module_tile(dtype, key_block, channels, _MODULE_POSITIONS[dtype][1])
+
+
+def input_gradient_tile(dtype: torch.dtype, key_block: int, channels: int) -> Tile:
+    """For the gradient of a module's input: up to three blocks of all key channels at a time."""
+    tile = _module_tile(dtype, key_block, channels, _MODULE_POSITIONS[dtype][2])
+    return tile._replace(stages=2)
+
+
+def _module_tile(dtype: torch.dtype, key_block: int, channels: int, positions: int) -> Tile:
     depth = min(_DEPTH[dtype], _padded(channels))
-    positions = max(16, _MODULE_POSITIONS[dtype] * 128 // max(128, key_block))
-    return Tile(positions, key_block, depth, 4 if key_block <= 64 else 8, 2, depth)
+    positions = positions if key_block <= 128 else max(16, positions // 2)
+    # A projection has few steps: more of them are on their way, for one program hardly fills a processor.
+    return Tile(positions, key_block, depth, 4 if key_block <= 64 else 8, 3, depth)
 
 
 def heads_of_tile(groups: int, size: int) -> int:
@@ -165,6 +182,16 @@ def _tile(dtype: torch.dtype, key_block: int, value_channels: int) -> Tile:
     positions = _POSITIONS[dtype][size]
     few = 32 * 32 if dtype == torch.float32 else 64 * 64
     return Tile(positions, key_block, value_block, warps=4 if sums <= few else 8, stages=2)
+
+
+def candidates(tile: Tile) -> list[Tile]:
+    """A tile, and those that differ from it in one thing and might be faster: seven at most."""
+    changes = (
+        *({"positions": n} for n in (2 * tile.positions, tile.positions // 2) if n >= 16),
+        *({"warps": n} for n in (2 * tile.warps, tile.warps // 2) if 2 <= n <= 8),
+        *({"stages": n} for n in (tile.stages + 1, tile.stages - 1) if n >= 1),
+    )
+    return [tile, *(tile._replace(**change) for change in changes)]
 
 
 def _padded(channels: int) -> int:

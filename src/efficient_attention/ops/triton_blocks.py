@@ -15,8 +15,11 @@ Names are those of ``triton_kernels.py``.
 # What follows is compiled by triton, which needs annotations as they are and not as strings.
 import triton
 import triton.language as tl
+from triton.runtime import errors
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# A program of which the device has no room for even one.
+OutOfResources = errors.OutOfResources
 # The lowest float32: stands for the largest key where there is none, for -inf - -inf is NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 

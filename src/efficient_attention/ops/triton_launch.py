@@ -77,7 +77,7 @@ def summarize_backward(
         launch(
             kernels.summarize_backward_kernel,
             key,
-            batch * heads * chunks * (tiles if needs_value else 1),
+            (batch * heads * chunks * (tiles if needs_value else 1)),
             tile,
             *(*contexts[:2], key, value, mask, *contexts[2:], d_key, d_value),
             *(heads, keys, chunk, chunks),
@@ -174,7 +174,7 @@ def _sizes(x: Tensor, value_channels: int, tile: Tile, normalization: str) -> di
     return channels | arithmetic(x, normalization)
 
 
-def _groups(groups: int, padded: int, size: int) -> dict[str, int]:
+def _groups(groups: int, padded: int, size: int) -> dict[str, Any]:
     """Groups of a query's channels, and how a block holds them."""
     return {"GROUPS": groups, "BG": padded, "BS": size}
 

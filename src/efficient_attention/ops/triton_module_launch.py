@@ -16,10 +16,11 @@ from .folding import fold_output_backward, fold_values_backward, folded_context,
 from .layout import empty_gradient
 from .tiling import (
     heads_of_tile,
+    input_gradient_tile,
     module_chunk_length,
+    output_tile,
     padded_groups,
     pool_tile,
-    position_tile,
     sum_tile,
 )
 from .triton_programs import added, arithmetic, count, empty_contexts, launch, mask_bytes, merged
@@ -190,11 +191,11 @@ def _attend(
     )
     constant = None if softmax else module.biases[3]
     groups, size = module.groups()
-    tile = position_tile(x.dtype, groups * size, x.shape[1])
+    tile = output_tile(x.dtype, groups * size, x.shape[1])
     launch(
         kernels.output_kernel,
         x,
-        x.shape[0] * count(x.shape[2], tile.positions),
+        lambda tile: x.shape[0] * count(x.shape[2], tile.positions),
         tile,
         *(x, weight, bias, _narrow(mean, x), bias if constant is None else constant, output),
         *(x.shape[2], *x.stride(), *output.stride()),
@@ -206,6 +207,7 @@ def _attend(
         BS=size,
         BIASED=module.biases[0] is not None,
         SHIFTED=constant is not None,
+        repeatable=output is not x,
         RESIDUAL=module.residual,
         **arithmetic(x, module.normalization),
     )
@@ -269,7 +271,7 @@ def _input_gradient(
     """Writes d_x: what comes through queries, of which there are slopes of the output and its context; through keys."""
     batch, channels, positions = x.shape
     groups, size = module.groups()
-    tile = position_tile(x.dtype, groups * size, channels)
+    tile = input_gradient_tile(x.dtype, groups * size, channels)
     masked = keys is not None and module.key_mask is not None
     mask, mask_strides = mask_bytes(module.key_mask if masked else None, (batch, positions), x)
     d_output, context = queries or (x, x)
@@ -277,7 +279,7 @@ def _input_gradient(
     launch(
         kernels.input_gradient_kernel,
         x,
-        batch * count(positions, tile.positions),
+        lambda tile: batch * count(positions, tile.positions),
         tile,
         *(x, d_output, mask, *module.weight(0, x), _narrow(context, x)),
         *(*module.weight(1, x), _narrow(slopes, x), constant, shift, d_x),

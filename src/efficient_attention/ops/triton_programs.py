@@ -6,25 +6,58 @@ in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import triton_kernels as kernels
+from . import tuning
 from .tiling import OPERANDS, SUM_TILE, Tile
+from .triton_blocks import OutOfResources
 
 Contexts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def launch(
-    kernel: Any, x: Tensor, programs: int, tile: Tile, *arguments: Any, **sizes: Any
+    kernel: Any,
+    x: Tensor,
+    programs: int | Callable[[Tile], int],
+    tile: Tile,
+    *arguments: Any,
+    repeatable: bool = True,
+    **sizes: Any,
 ) -> None:
-    """Run so many programs of a kernel on the device of ``x``, in blocks of the tile's positions."""
-    if programs:
-        with torch.cuda.device_of(x):
-            run(kernel, programs, tile, arguments, {"BN": tile.positions, **sizes})
+    """Run so many programs of a kernel on the device of ``x``, in blocks of the tile's positions.
+
+    ``repeatable``: it writes over nothing that it reads.
+    """
+
+    def number(tile: Tile) -> int:
+        return programs if isinstance(programs, int) else programs(tile)
+
+    def run_in(tile: Tile) -> None:
+        run(kernel, number(tile), tile, arguments, {"BN": tile.positions, **sizes})
+
+    if not number(tile):
+        return
+    with torch.cuda.device_of(x):
+        if tuning.is_on():
+            kind = _kind(kernel, number(tile), arguments, sizes)
+            repeated = run_in if repeatable else None
+            tile = tuning.chosen(tile, kind, x.device, repeated, OutOfResources)
+        run_in(tile)
+
+
+def _kind(
+    kernel: Any, programs: int, arguments: Sequence[Any], sizes: dict[str, Any]
+) -> dict[str, Any]:
+    """What tells calls of a kernel apart that may want other tiles."""
+    tensors = [str(x.dtype) for x in arguments if isinstance(x, Tensor)]
+    ones = [i for i, x in enumerate(arguments) if isinstance(x, int) and x == 1]
+    size = programs.bit_length()
+    return {"kernel": kernel.__name__, "size": size, "tensors": tensors, "ones": ones, **sizes}
 
 
 def run(
