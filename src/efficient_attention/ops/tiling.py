@@ -139,7 +139,9 @@ def pool_tile(dtype: torch.dtype, key_channels: int, channels: int) -> Tile:
 def sum_tile(dtype: torch.dtype, key_block: int, channels: int) -> Tile:
     """For sums over positions of a module: ``key_block`` channels of queries or keys by channels of X."""
     value_block = min(_padded(channels), 256, _MOST_SUMS[dtype] // key_block)
-    tile = _module_tile(dtype, key_block, channels, _MODULE_POSITIONS[dtype][0])
+    # Wide blocks of keys leave fewer registers for positions.
+    positions = _MODULE_POSITIONS[dtype][0] // (1 if key_block <= 64 else 2)
+    tile = _module_tile(dtype, key_block, channels, max(16, positions))
     few = key_block * value_block <= 64 * 64
     return tile._replace(value_channels=value_block, warps=4 if few else 8)
 
