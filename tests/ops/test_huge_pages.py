@@ -34,7 +34,9 @@ def test_large_results_and_no_others_are_on_large_pages():
     middle = large.data_ptr() + large.nbytes // 2
     assert "hg" in flags(middle)
     small = attend(torch.randn(1, 1, 20_000, 8), memory)
-    assert "hg" not in flags(small.data_ptr())
+    channel_major = attend(torch.randn(1, 1, 8, 200_000).mT, memory)
+    for x in (small, channel_major):
+        assert "hg" not in flags(x.data_ptr() + x.nbytes // 2)
 
 
 def test_other_systems_are_left_alone(monkeypatch):

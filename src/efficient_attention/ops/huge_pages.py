@@ -3,6 +3,9 @@
 The first write to each page of fresh memory interrupts the program while the system clears the page. With pages of
 4 KiB that takes longer than to compute what is written; Linux has pages of 2 MiB for those who ask. What is asked of it
 is what PyTorch asks for all memory under ``THP_MEM_ALLOC_ENABLE=1``.
+
+Not for channel-major maps: a block of positions is a piece of every row there, large pages keep the rows at their
+distance, and where that is a power of two the pieces fight for the same lines of a cache. Small pages scatter them.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ _ADVICE = 14  # MADV_HUGEPAGE
 
 def on_huge_pages(x: Tensor) -> Tensor:
     """``x``, of which nothing has been written yet, on large pages if it is large, on a CPU, and the system has any."""
-    if type(x) is Tensor and x.is_cpu and x.nbytes >= _SMALLEST:
+    if type(x) is Tensor and x.is_cpu and x.nbytes >= _SMALLEST and not _has_long_rows(x):
         advise = _advise()
         if advise is not None:
             start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -31,6 +34,11 @@ def on_huge_pages(x: Tensor) -> Tensor:
             # Advice: a system that does not know it says so, and nothing is lost.
             advise(start, end - start, _ADVICE)
     return x
+
+
+def _has_long_rows(x: Tensor) -> bool:
+    rows = (size for size, stride in zip(x.shape, x.stride(), strict=True) if stride == 1)
+    return any(size * x.itemsize > mmap.PAGESIZE for size in rows)
 
 
 @functools.cache

@@ -97,7 +97,7 @@ def _summarize(
     shift, total, sums = (source.new_zeros(batch, key_channels, dtype=dtype) for _ in range(3))
     softmax = normalization == "softmax"
     lowest = torch.finfo(dtype).min
-    tiles = _walk(source, key_channels)
+    tiles = _walk(source, key_channels, source.dtype)
     pages = Pages(source, tiles, key_channels)
     for rows, _, blocks in tiles:
 
@@ -134,7 +134,7 @@ def _attend(
 ) -> None:
     """Writes ``X + M^T rho_q(Q)`` into output, which may be x."""
     softmax, key_channels = normalization == "softmax", weights[0].shape[0]
-    tiles = _walk(x, key_channels)
+    tiles = _walk(x, key_channels, x.dtype)
     pages = Pages(x, tiles, key_channels)
     for rows, _, blocks in tiles:
         # Folded for these rows alone, so that no rounding of a long sample depends on its batch mates.
@@ -225,7 +225,7 @@ def _attend_backward(
     d_mean = torch.zeros_like(mean)
     d_weight = mean.new_zeros(weight.shape)
     d_bias, d_output_bias = mean.new_zeros(weight.shape[0]), mean.new_zeros(channels)
-    tiles = _walk(x, weight.shape[0])
+    tiles = _walk(x, weight.shape[0], dtype)
     pages = Pages(x, tiles, weight.shape[0])
     for rows, _, blocks in tiles:
 
@@ -272,7 +272,7 @@ def _summarize_backward(
     there = torch.cat((weight.expand_as(slope), slope), dim=1)  # [B, 2 dk, S]
     back = torch.cat((slope, weight.expand_as(slope)), dim=1).mT
     d_weight, d_bias = (constant.new_zeros(x) for x in (weight.shape, key_channels))
-    tiles = _walk(source, key_channels)
+    tiles = _walk(source, key_channels, dtype)
     pages = Pages(source, tiles, 2 * key_channels)
     for rows, _, blocks in tiles:
 
@@ -345,11 +345,10 @@ def _pull_back_softmax_(slope: Tensor, attention: Tensor, free: Tensor, num_head
     slope.mul_(attention)
 
 
-def _walk(x: Tensor, key_channels: int) -> list[Tile]:
-    """Tiles of ``x [B, C, N]``, by what their pages hold beside it in the dtype of sums."""
+def _walk(x: Tensor, key_channels: int, dtype: torch.dtype) -> list[Tile]:
+    """Tiles of ``x [B, C, N]``, as long as fit the cache in a dtype: in that of sums where there are many pages."""
     batch, channels, positions = x.shape
-    itemsize = accumulation_dtype(x.dtype).itemsize
-    return walk(batch, 1, positions, key_channels + channels, itemsize)
+    return walk(batch, 1, positions, key_channels + channels, dtype.itemsize)
 
 
 def _attended(

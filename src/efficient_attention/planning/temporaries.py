@@ -175,13 +175,15 @@ def _folded_backward(args: Sequence[Any], result: Any) -> int:
     parameters = _nbytes(result[2:])
     images = _nbytes(result[:2])
     pages = 3 if normalization == "softmax" else 2
-    query_side = _streamed(x, keys, num_heads, pages=pages, contexts=2) + 4 * context
+    query_side = _streamed(x, keys, num_heads, pages=pages, contexts=2, backward=True) + 4 * context
     return images + max(
-        query_side, _streamed(source, keys, 0, pages=2, contexts=1) + 9 * context, parameters
+        query_side,
+        _streamed(source, keys, 0, pages=2, contexts=1, backward=True) + 9 * context,
+        parameters,
     )
 
 
-def _streamed(x: Tensor, weight: Tensor, heads: int, **held: int) -> int:
+def _streamed(x: Tensor, weight: Tensor, heads: int, **held: Any) -> int:
     batch, channels, positions = x.shape
     return streamed_bytes(
         batch, positions, channels, weight.shape[0], heads, x.element_size(), **held
