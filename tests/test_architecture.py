@@ -43,7 +43,7 @@ OPS = {
     "blocked": {"blocks", "layout", "pages", "precision"},
     "pages": {"blocks", "layout", "precision"},
     "streamed": {"blocks", "folding", "layout", "pages", "precision"},
-    "small": {"layout", "planner", "precision"},
+    "plain": {"layout", "planner", "precision"},
     "tiling": set(),
     "triton_kernels": set(),
     "triton_launch": {"layout", "tiling", "triton_kernels"},
@@ -65,8 +65,8 @@ OPS = {
         "limits",
         "planner",
         "precision",
+        "plain",
         "reference",
-        "small",
     },
     "__init__": {"context", "functional"},
 }

@@ -30,9 +30,12 @@ FOLDS_OUTPUT = ("folded_output", "folded")
 BLOCK_BYTES = 4 << 20
 SHORTEST_BLOCK = 256
 
-# Starting an operator costs as much as computing some ten thousand numbers: below this many bytes of queries, keys and
-# values, problems are computed in few operators rather than in little memory.
-SMALL_BYTES = 1 << 20
+# While the normalized queries and keys take no more than this, few large operators are faster than many blocks. With
+# gradients they are kept, one pair for each layer of a network, and blocks pay sooner.
+PLAIN_BYTES = 32 << 20
+PLAIN_BYTES_KEPT = 8 << 20
+# Longer sums are taken in blocks in any case, for their rounding.
+PLAIN_KEYS = 8192
 
 # Beside a mean: its log_weight, and the largest key and the sum relative to it for the backward pass.
 _CONTEXT_WEIGHTS = 3
@@ -239,10 +242,12 @@ def quadratic_is_cheaper(queries: int, keys: int, key_channels: int, value_chann
     return quadratic < (queries + keys) * key_channels * value_channels
 
 
-def is_small(maps: int, queries: int, keys: int, key_channels: int, value_channels: int) -> bool:
-    """Whether starting operators is what attention of so many maps (batch times heads) mostly costs."""
-    numbers = maps * (queries * key_channels + keys * (key_channels + value_channels))
-    return 4 * numbers <= SMALL_BYTES
+def plain_is_cheaper(
+    maps: int, queries: int, keys: int, key_channels: int, itemsize: int, *, kept: bool
+) -> bool:
+    """Whether few plain operators are faster than blocks, for so many maps (batch times heads)."""
+    weights = maps * (queries + keys) * key_channels * itemsize
+    return keys <= PLAIN_KEYS and weights <= (PLAIN_BYTES_KEPT if kept else PLAIN_BYTES)
 
 
 def block_length(channels: int, itemsize: int) -> int:
