@@ -37,6 +37,9 @@ PLAIN_BYTES_KEPT = 8 << 20
 # Longer sums are taken in blocks in any case, for their rounding.
 PLAIN_KEYS = 8192
 
+# Up to so many positions, of all samples, a module on a CPU folds no projections: starting operators costs more.
+SHORT_POSITIONS = 512
+
 # Beside a mean: its log_weight, and the largest key and the sum relative to it for the backward pass.
 _CONTEXT_WEIGHTS = 3
 
@@ -248,6 +251,11 @@ def plain_is_cheaper(
     """Whether few plain operators are faster than blocks, for so many maps (batch times heads)."""
     weights = maps * (queries + keys) * key_channels * itemsize
     return keys <= PLAIN_KEYS and weights <= (PLAIN_BYTES_KEPT if kept else PLAIN_BYTES)
+
+
+def is_short(batch: int, positions: int) -> bool:
+    """Whether a module on a CPU gains more from few operators than from folding."""
+    return batch * positions <= SHORT_POSITIONS
 
 
 def block_length(channels: int, itemsize: int) -> int:
