@@ -23,6 +23,7 @@ from ..ops.planner import (
     cheapest,
     is_short,
     module_costs,
+    quadratic_is_cheaper,
 )
 from .features import Features, Projection, coarsen
 from .folding import fold_output, fold_values, obstacle
@@ -260,6 +261,9 @@ class EfficientModule(ProjectedAttention):
         the call is short: what that saves in arithmetic, it loses in operators that have to be started.
         """
         check_option("order", self.order, self._orders)
+        if short and self.order == "auto" and queries is not None and keys is not None:
+            head = self.key_channels // self.num_heads, self.value_channels // self.num_heads
+            return "quadratic" if quadratic_is_cheaper(queries, keys, *head) else "linear"
         obstacles = self._folding_obstacles()
         if queries is None or keys is None:
             obstacles["quadratic"] = "it has no context, but needs queries and keys together"
@@ -271,9 +275,9 @@ class EfficientModule(ProjectedAttention):
         lengths = [n for n in (queries, keys) if n is not None]
         if serves_every_length():
             lengths = [_LONG]
-        orders = ("linear", "quadratic") if short else MODULE_ORDERS
         return cheapest(
-            self.costs(lengths[0], lengths[-1]), among=[o for o in orders if o not in obstacles]
+            self.costs(lengths[0], lengths[-1]),
+            among=[o for o in MODULE_ORDERS if o not in obstacles],
         )
 
     def _folding_obstacles(self) -> dict[str, str]:
