@@ -46,10 +46,13 @@ OPS = {
     "tiling": set(),
     "triton_kernels": set(),
     "triton_launch": {"layout", "tiling", "triton_kernels"},
+    "native_build": set(),
+    "native_launch": {"layout", "native_build"},
     "library": {
         "blocked",
         "flops",
         "layout",
+        "native_launch",
         "precision",
         "reference",
         "streamed",
@@ -67,7 +70,7 @@ OPS = {
         "reference",
         "small",
     },
-    "__init__": {"context", "functional"},
+    "__init__": {"context", "functional", "native_build"},
 }
 # Beside the standard library and torch: who may import what.
 THIRD_PARTY = {
@@ -189,6 +192,7 @@ def test_public_names_are_these():
         "ViTEfficientAttention",
         "attend",
         "attend_tiles",
+        "build_native",
         "create_model",
         "dot_product_attention",
         "efficient_attention",
