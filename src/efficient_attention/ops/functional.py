@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import blocked, library, reference, small
+from . import blocked, library, plain, reference
 from .arguments import (
     canonical_mask,
     check_attention_shapes,
@@ -84,7 +84,7 @@ def efficient_attention(
     Paper: Shen et al. 2021, Sec. 3.2.
     """
     if key_mask is None and backend == "auto":
-        output = small.efficient_attention(query, key, value, normalization, order)
+        output = plain.efficient_attention(query, key, value, normalization, order)
         if output is not None:
             return output
     check_option("order", order, ("auto", *OPERATOR_ORDERS))
@@ -327,7 +327,7 @@ def _operators(backend: str, *tensors: Tensor) -> tuple[Callable, Callable]:
     """The ``summarize`` and ``attend`` that serve the call; an error if a backend was named that cannot."""
     if backend == "reference":
         return reference.summarize, reference.attend
-    if backend in ("auto", "blocked") and small.nobody_watches(*tensors):
+    if backend in ("auto", "blocked") and plain.nobody_watches(*tensors):
         # What the dispatcher would come to.
         implementation = library.on_cpu(tensors[0]) if backend == "auto" else blocked
         return implementation.summarize, implementation.attend
