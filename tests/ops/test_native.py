@@ -298,7 +298,7 @@ def test_compiles_as_one_graph_and_gives_the_same(kernels):
 
 @served
 def test_auto_takes_them_where_somebody_has_built_them(kernels, monkeypatch):
-    inputs = make_inputs(1, 4, 5000, 5000, 32, 32, dtype=torch.float32)
+    inputs = make_inputs(1, 4, 20_000, 20_000, 32, 32, dtype=torch.float32)
     auto, plain = by("auto"), torch.no_grad()(by("auto"))
     before = auto(*inputs), *with_gradients(auto, inputs), plain(*inputs)
     with torch.no_grad():
@@ -315,7 +315,7 @@ def test_auto_takes_them_where_somebody_has_built_them(kernels, monkeypatch):
 @served
 def test_auto_leaves_what_they_do_not_serve(kernels, monkeypatch):
     monkeypatch.setattr(native_build, "is_built", lambda: True)
-    inputs = make_inputs(1, 4, 3000, 3000, 32, 32)
+    inputs = make_inputs(1, 4, 20_000, 20_000, 32, 32)
     got, expected = (by(b)(*inputs) for b in ("auto", "blocked"))
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
@@ -346,7 +346,7 @@ def test_without_a_compiler_the_reason_is_the_error_and_auto_works(empty_cache, 
     reason = "there is no C compiler: none of cc, gcc, clang is on the PATH"
     with pytest.raises(NotImplementedError, match=reason):
         package.build_native()
-    inputs = make_inputs(1, 4, 5000, 5000, 32, 32, dtype=torch.float32)
+    inputs = make_inputs(1, 4, 20_000, 20_000, 32, 32, dtype=torch.float32)
     with pytest.raises(NotImplementedError, match=f"backend='native': {reason}; use"):
         efficient_attention(*inputs, backend="native")
     assert efficient_attention(*inputs).isfinite().all()
@@ -385,7 +385,7 @@ def test_processes_may_build_at_the_same_time_and_auto_builds_nothing(empty_cach
         "import torch, efficient_attention as ea\n"
         "from efficient_attention.ops import native_build\n"
         "native_build.FLAGS = ('-O1', *native_build.FLAGS[1:])\n"
-        "x = torch.randn(1, 4, 5000, 32)\n"
+        "x = torch.randn(1, 4, 20000, 32)\n"
         "blocked = ea.efficient_attention(x, x, x)\n"
         "assert not native_build.is_built()\n"
         "path = ea.build_native()\n"
