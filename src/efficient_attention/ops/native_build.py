@@ -43,6 +43,8 @@ def build_native() -> Path:
     Example:
         >>> efficient_attention.build_native().name  # doctest: +SKIP
         'native-5f0d9e6a4c1b2d37.so'
+
+    Paper: Shen et al. 2021, Sec. 3.2, is what they compute.
     """
     reason = why_not()
     if reason is not None:

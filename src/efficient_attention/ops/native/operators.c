@@ -107,7 +107,8 @@ static Slopes load_slopes(const Call *call, int64_t head, float **scratch, int p
     load(back, flipped(d_mean), 0.0f);
     load(shift, matrix(call->shift + head * channels, 1, channels), 0.0f);
     load(correction, matrix(call->correction + head * channels, 1, channels), 0.0f);
-    return (Slopes){over_rows(there, there_words, pairs), over_rows(back, back_words, pairs), shift.data, correction.data};
+    const Block d_mean_words = over_rows(there, there_words, pairs), transposed = over_rows(back, back_words, pairs);
+    return (Slopes){d_mean_words, transposed, shift.data, correction.data};
 }
 
 /* Slopes [ROWS, padded(Dk)] of the weights become those of the keys. */
