@@ -121,7 +121,7 @@ def _fingerprint() -> str:
     status = compiler.stat()
     parts = [*FLAGS, str(compiler), str(status.st_size), str(status.st_mtime_ns), _processor()]
     digest = hashlib.sha256("\n".join(parts).encode())
-    for source in sorted(SOURCE.iterdir()):
+    for source in sorted(SOURCE.glob("*.[ch]")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
