@@ -47,10 +47,13 @@ OPS = {
     "tiling": set(),
     "triton_kernels": set(),
     "triton_launch": {"layout", "tiling", "triton_kernels"},
+    "native_build": set(),
+    "native_launch": {"layout", "native_build"},
     "library": {
         "blocked",
         "flops",
         "layout",
+        "native_launch",
         "precision",
         "reference",
         "streamed",
@@ -68,7 +71,7 @@ OPS = {
         "plain",
         "reference",
     },
-    "__init__": {"context", "functional"},
+    "__init__": {"context", "functional", "native_build"},
 }
 # Beside the standard library and torch: who may import what.
 THIRD_PARTY = {
@@ -190,6 +193,7 @@ def test_public_names_are_these():
         "ViTEfficientAttention",
         "attend",
         "attend_tiles",
+        "build_native",
         "create_model",
         "dot_product_attention",
         "efficient_attention",
