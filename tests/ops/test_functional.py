@@ -40,7 +40,7 @@ def bad(function, *args, **kwargs):
         (
             bad(efficient_attention, Q, K, V, backend="cuda"),
             ValueError,
-            "backend must be one of 'auto', 'reference', 'blocked', 'triton'; got 'cuda'",
+            "backend must be one of 'auto', 'reference', 'blocked', 'native', 'triton'; got 'cuda'",
         ),
         (
             bad(efficient_attention, Q, K, V, order="quadratic", backend="blocked"),
@@ -65,7 +65,7 @@ def bad(function, *args, **kwargs):
         (
             bad(summarize, K, V, backend="x"),
             ValueError,
-            "backend must be one of 'auto', 'reference', 'blocked', 'triton'; got 'x'",
+            "backend must be one of 'auto', 'reference', 'blocked', 'native', 'triton'; got 'x'",
         ),
         (
             bad(attend, Q, CONTEXT, normalization=None),
@@ -75,7 +75,7 @@ def bad(function, *args, **kwargs):
         (
             bad(attend, Q, CONTEXT, backend="x"),
             ValueError,
-            "backend must be one of 'auto', 'reference', 'blocked', 'triton'; got 'x'",
+            "backend must be one of 'auto', 'reference', 'blocked', 'native', 'triton'; got 'x'",
         ),
         (
             bad(attend, Q, CONTEXT, num_groups=3),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocked, streamed
+from . import blocked, native_launch, streamed
 from .precision import without_autocast
 from .tiling import why_not, why_not_module
 
@@ -31,16 +31,22 @@ def implementation(automatic: str, name: str) -> Callable:
 
     @functools.wraps(getattr(_file_of("blocked", name), name))
     def run(*args: Any, backend: str = "auto") -> Any:
-        device = args[0].device
-        chosen = automatic if backend == "auto" else backend
-        if chosen == "triton" and (reason := _why_not_on(device) or _OBSTACLES[name](*args)):
-            if backend == "triton":
-                raise NotImplementedError(f"backend='triton': {reason}; use backend='auto'")
+        device, chosen = args[0].device, backend
+        if backend == "auto":
+            chosen = "native" if _is_preferred(name, *args) else automatic
+        if chosen != "blocked" and (reason := _why_not(chosen, name, *args)):
+            if backend == chosen:
+                raise NotImplementedError(f"backend={backend!r}: {reason}; use backend='auto'")
             chosen = "blocked"
         with without_autocast(device):
             return getattr(_file_of(chosen, name), name)(*args)
 
     return run
+
+
+def on_cpu(x: Tensor) -> ModuleType:
+    """The implementation that ``"auto"`` is on a CPU, for queries or keys ``x [B, H, N, Dk]``."""
+    return native_launch if native_launch.is_preferred(x) else blocked
 
 
 def serves_module(weights: Sequence[Tensor], num_heads: int, backend: str) -> bool:
@@ -51,6 +57,20 @@ def serves_module(weights: Sequence[Tensor], num_heads: int, backend: str) -> bo
     if backend == "triton":
         return (_why_not_on(device) or _why_not_folded(weights, num_heads)) is None
     return backend == "blocked" and device.type == "cpu" and dtype in _STREAMED
+
+
+def _is_preferred(name: str, *args: Any) -> bool:
+    """Whether the native kernels are what ``"auto"`` is; of a module they have no operator."""
+    return not name.startswith("folded") and native_launch.is_preferred(_POSITIONS[name](*args))
+
+
+def _why_not(backend: str, name: str, *args: Any) -> str | None:
+    """Why kernels cannot serve a call of an operator, or ``None`` if they can."""
+    if backend == "triton":
+        return _why_not_on(args[0].device) or _OBSTACLES[name](*args)
+    if name.startswith("folded"):
+        return "it has no folded module"
+    return native_launch.why_not(_POSITIONS[name](*args))
 
 
 @functools.cache
@@ -75,6 +95,8 @@ def _file_of(backend: str, name: str) -> ModuleType:
     module = name.startswith("folded")
     if backend == "blocked":
         return streamed if module else blocked
+    if backend == "native":
+        return native_launch
     # They import triton, which is optional and slow to load.
     if module:
         from . import triton_module_launch
@@ -91,7 +113,14 @@ def _why_not_folded(weights: Sequence[Tensor], num_heads: int) -> str | None:
     return why_not_module(weights[0].dtype, key_channels, channels, num_heads)
 
 
-# For each operator, why the kernels do not serve its arguments.
+# Queries or keys among the arguments of each operator.
+_POSITIONS: dict[str, Callable[..., Tensor]] = {
+    "summarize": lambda key, *_: key,
+    "summarize_backward": lambda d_mean, d_log_weight, key, *_: key,
+    "attend": lambda query, *_: query,
+    "attend_backward": lambda d_output, query, *_: query,
+}
+# For each operator, why the Triton kernels do not serve its arguments.
 _OBSTACLES: dict[str, Callable[..., str | None]] = {
     "summarize": lambda key, value, *_: why_not(key.dtype, key.shape[-1], value.shape[-1], 1),
     "summarize_backward": lambda d_mean, d_log_weight, *args: _OBSTACLES["summarize"](*args),

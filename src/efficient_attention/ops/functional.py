@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import blocked, library, reference, small
+from . import backends, blocked, library, plain, reference
 from .arguments import (
     canonical_mask,
     check_attention_shapes,
@@ -30,9 +30,9 @@ from .precision import DTYPES, accumulation_dtype, autocast_is_on
 __all__ = ["attend", "dot_product_attention", "efficient_attention", "summarize"]
 
 NORMALIZATIONS = ("softmax", "scaling")
-BACKENDS = ("auto", "reference", "blocked", "triton")
+BACKENDS = ("auto", "reference", "blocked", "native", "triton")
 # They have one order, the linear one.
-LINEAR_BACKENDS = ("blocked", "triton")
+LINEAR_BACKENDS = ("blocked", "native", "triton")
 
 
 def efficient_attention(
@@ -62,9 +62,10 @@ def efficient_attention(
         order: ``"linear"``, ``"quadratic"`` (``(rho_q(Q) rho_k(K)^T) V``, the same values, cheaper for fewer than
             about ``2 Dk Dv / (Dk + Dv)`` positions) or ``"auto"``: the one with fewer multiply-adds. A program that
             is compiled, exported or traced serves every length, so ``"auto"`` is ``"linear"`` there.
-        backend: ``"triton"`` (one pass over memory, on NVIDIA GPUs), ``"blocked"`` (bounded memory, any device),
-            ``"reference"`` (the plain equations) or ``"auto"``: what serves the tensors best; second derivatives,
-            forward mode and ``torch.func`` always work.
+        backend: ``"triton"`` (one pass over memory, on NVIDIA GPUs), ``"native"`` (one pass, on CPUs, by kernels that
+            the C compiler of the machine makes when they are first named: :func:`build_native`), ``"blocked"``
+            (bounded memory, any device), ``"reference"`` (the plain equations) or ``"auto"``: what serves the tensors
+            best; second derivatives, forward mode and ``torch.func`` always work.
 
     Returns:
         ``[B, H, N, Dv]`` in ``query.dtype``. Sums are kept in float32 (float64 for float64 inputs).
@@ -83,7 +84,7 @@ def efficient_attention(
     Paper: Shen et al. 2021, Sec. 3.2.
     """
     if key_mask is None and backend == "auto":
-        output = small.efficient_attention(query, key, value, normalization, order)
+        output = plain.efficient_attention(query, key, value, normalization, order)
         if output is not None:
             return output
     check_option("order", order, ("auto", *OPERATOR_ORDERS))
@@ -326,9 +327,10 @@ def _operators(backend: str, *tensors: Tensor) -> tuple[Callable, Callable]:
     """The ``summarize`` and ``attend`` that serve the call; an error if a backend was named that cannot."""
     if backend == "reference":
         return reference.summarize, reference.attend
-    if backend != "triton" and small.nobody_watches(*tensors):
+    if backend in ("auto", "blocked") and plain.nobody_watches(*tensors):
         # What the dispatcher would come to.
-        return blocked.summarize, blocked.attend
+        implementation = backends.on_cpu(tensors[0]) if backend == "auto" else blocked
+        return implementation.summarize, implementation.attend
     reason = library.serves_plain_tensors_only()
     if reason is not None and backend != "auto":
         raise NotImplementedError(f"backend={backend!r}: {reason}; use backend='auto'")

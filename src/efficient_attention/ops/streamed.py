@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import add_weighted, divisor, exponentials, fold, walk
-from .folding import fold_output, fold_output_backward, fold_values, fold_values_backward
-from .layout import empty_gradient
+from .blocks import Tile, add_weighted, divisor, exponentials, fold, walk
+from .folding import fold_output_backward, fold_values_backward, folded_context, key_slopes
+from .layout import empty_gradient, empty_like
 from .pages import Pages, product
 from .precision import accumulation_dtype
 
@@ -63,7 +63,7 @@ def folded(
     """
     attended = x if source is None else source
     summary = _summarize(attended, key_mask, weights[1], biases[1], normalization)
-    output = torch.empty_like(x)
+    output = empty_like(x)
     _attend(output, x, summary, weights, biases, normalization, num_heads, residual)
     return output, *summary
 
@@ -97,9 +97,9 @@ def _summarize(
     shift, total, sums = (source.new_zeros(batch, key_channels, dtype=dtype) for _ in range(3))
     softmax = normalization == "softmax"
     lowest = torch.finfo(dtype).min
-    tiles = walk(batch, 1, positions, key_channels + channels)
+    tiles = _walk(source, key_channels, source.dtype)
     pages = Pages(source, tiles, key_channels)
-    for rows, blocks in tiles:
+    for rows, _, blocks in tiles:
 
         def weigh(n: slice, rows: slice = rows) -> tuple[Tensor, Tensor, Tensor]:
             x, mask = _attended(source[rows, :, n], key_mask, rows, n)
@@ -134,13 +134,12 @@ def _attend(
 ) -> None:
     """Writes ``X + M^T rho_q(Q)`` into output, which may be x."""
     softmax, key_channels = normalization == "softmax", weights[0].shape[0]
-    batch, channels, positions = x.shape
-    tiles = walk(batch, 1, positions, key_channels + channels)
+    tiles = _walk(x, key_channels, x.dtype)
     pages = Pages(x, tiles, key_channels)
-    for rows, blocks in tiles:
+    for rows, _, blocks in tiles:
         # Folded for these rows alone, so that no rounding of a long sample depends on its batch mates.
-        of_rows = Summary(*(part[rows] for part in summary))
-        _, mean = _folded_context(of_rows, weights, biases, num_heads, softmax)
+        sums = summary.pooled[rows], summary.column_sums[rows]
+        _, mean = folded_context(*sums, weights[2:], biases[2:], num_heads, softmax=softmax)
         mean = mean.to(x.dtype)  # [b, dk, C]
         for n in blocks:
             block, out = x[rows, :, n], output[rows, :, n]
@@ -171,8 +170,10 @@ def folded_backward(
     ``needs`` says whether those of x, of source and of the parameters are asked for; others are empty, as are those of
     a source and of biases that are None. That of the key bias is zero under softmax.
     """
-    summary, softmax = Summary(pooled, shift, total, column_sums), normalization == "softmax"
-    context, mean = _folded_context(summary, weights, biases, num_heads, softmax)
+    softmax = normalization == "softmax"
+    context, mean = folded_context(
+        pooled, column_sums, weights[2:], biases[2:], num_heads, softmax=softmax
+    )
     d_x = empty_gradient(x, needs[0])
     d_mean, *d_query, d_constant = _attend_backward(
         d_x, d_output, x, mean, weights[0], biases[0], num_heads, softmax, residual, needs
@@ -181,14 +182,14 @@ def folded_backward(
     d_pooled, d_sums, *d_value = fold_values_backward(
         d_context, pooled, column_sums, weights[2], biases[2]
     )
-    slopes = _slopes(summary, d_pooled, d_sums, softmax)
+    slopes, constant = key_slopes(pooled, total, d_pooled, d_sums, softmax=softmax)
     d_source = empty_gradient(x if source is None else source, source is not None and needs[1])
     d_key = _summarize_backward(
         d_x if source is None else d_source,
         x if source is None else source,
         key_mask,
         shift,
-        slopes,
+        (slopes, constant.unsqueeze(-1)),
         weights[1],
         biases[1],
         softmax,
@@ -222,13 +223,13 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Writes what comes through the queries into d_x; gradients of mean, weight, bias and of a bias of the output."""
     dtype, narrow = mean.dtype, mean.to(x.dtype)
-    batch, channels, positions = x.shape
+    channels = x.shape[1]
     d_mean = torch.zeros_like(mean)
     d_weight = mean.new_zeros(weight.shape)
     d_bias, d_output_bias = mean.new_zeros(weight.shape[0]), mean.new_zeros(channels)
-    tiles = walk(batch, 1, positions, weight.shape[0] + channels)
-    pages = Pages(x, tiles, weight.shape[0], count=3)
-    for rows, blocks in tiles:
+    tiles = _walk(x, weight.shape[0], dtype)
+    pages = Pages(x, tiles, weight.shape[0])
+    for rows, _, blocks in tiles:
 
         def pull_back(n: slice, rows: slice = rows) -> tuple[Tensor, ...]:
             block, d_out = x[rows, :, n], d_output[rows, :, n]
@@ -268,15 +269,14 @@ def _summarize_backward(
 ) -> tuple[Tensor, Tensor]:
     """Writes what comes through the keys into d_source, or adds it; gradients of weight and bias."""
     (slope, constant), dtype, key_channels = slopes, shift.dtype, weight.shape[0]
-    batch, channels, positions = source.shape
     slope = slope.to(source.dtype)
     # Keys and their slopes come from one product, and go back by another.
     there = torch.cat((weight.expand_as(slope), slope), dim=1)  # [B, 2 dk, S]
     back = torch.cat((slope, weight.expand_as(slope)), dim=1).mT
     d_weight, d_bias = (constant.new_zeros(x) for x in (weight.shape, key_channels))
-    tiles = walk(batch, 1, positions, key_channels + channels)
+    tiles = _walk(source, key_channels, dtype)
     pages = Pages(source, tiles, 2 * key_channels)
-    for rows, blocks in tiles:
+    for rows, _, blocks in tiles:
 
         def pull_back(n: slice, rows: slice = rows) -> tuple[Tensor, ...]:
             x, mask = _attended(source[rows, :, n], key_mask, rows, n)
@@ -303,29 +303,6 @@ def _summarize_backward(
     return d_weight, d_bias.zero_() if softmax else d_bias
 
 
-def _slopes(
-    summary: Summary, d_pooled: Tensor, d_sums: Tensor | None, softmax: bool
-) -> tuple[Tensor, Tensor]:
-    """``[B, dk, S]`` and ``[B, dk, 1]``: with w the unnormalized weights, ``d_k = w * (slopes x + constant)``.
-
-    Dividing by the total here, in the size of a context, spares dividing every weight.
-    """
-    by = divisor(summary.total)
-    if softmax:
-        constant = -(d_pooled * summary.pooled).sum(-1) / by
-    else:
-        constant = torch.zeros_like(by) if d_sums is None else d_sums / by
-    return d_pooled / by.unsqueeze(-1), constant.unsqueeze(-1)
-
-
-def _folded_context(
-    summary: Summary, weights: Sequence[Tensor], biases: Biases, num_heads: int, softmax: bool
-) -> tuple[Tensor, Tensor]:
-    """The context of values ``[B, h, dk / h, dv / h]``, and that of outputs ``[B, dk, C]``."""
-    context = fold_values(summary.pooled, summary.column_sums, weights[2], biases[2], num_heads)
-    return context, fold_output(context, weights[3], biases[3] if softmax else None)
-
-
 def _queries(
     pages: Pages, x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, softmax: bool
 ) -> Tensor:
@@ -345,6 +322,12 @@ def _pull_back_softmax_(slope: Tensor, attention: Tensor, free: Tensor, num_head
     total = torch.mul(slope, attention, out=free).unflatten(1, (num_heads, -1)).sum(2, keepdim=True)
     slope.unflatten(1, (num_heads, -1)).sub_(total)
     slope.mul_(attention)
+
+
+def _walk(x: Tensor, key_channels: int, dtype: torch.dtype) -> list[Tile]:
+    """Tiles of ``x [B, C, N]``, as long as fit the cache in a dtype: in that of sums where there are many pages."""
+    batch, channels, positions = x.shape
+    return walk(batch, 1, positions, key_channels + channels, dtype.itemsize)
 
 
 def _attended(
