@@ -43,7 +43,7 @@ OPS = {
     "blocked": {"blocks", "layout", "pages", "precision"},
     "pages": {"blocks", "layout", "precision"},
     "streamed": {"blocks", "folding", "layout", "pages", "precision"},
-    "plain": {"layout", "planner", "precision"},
+    "plain": {"layout", "native_launch", "planner", "precision"},
     "tiling": set(),
     "triton_kernels": set(),
     "triton_launch": {"layout", "tiling", "triton_kernels"},

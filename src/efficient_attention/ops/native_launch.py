@@ -49,7 +49,7 @@ def why_not(x: Tensor) -> str | None:
         return f"it runs on CPUs; got {x.device.type}"
     if x.dtype not in DTYPES:
         return f"it takes float32 and bfloat16; got {x.dtype}"
-    return native_build.why_not()
+    return None if native_build.is_built() else native_build.why_not()
 
 
 def is_preferred(x: Tensor) -> bool:
