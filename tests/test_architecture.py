@@ -66,6 +66,7 @@ OPS = {
         "context",
         "library",
         "limits",
+        "native_launch",
         "planner",
         "precision",
         "plain",
