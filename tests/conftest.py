@@ -37,5 +37,5 @@ def short_blocks(monkeypatch):
     """Blocks of 16 positions and of one sample, so that small inputs take many of them."""
     monkeypatch.setattr("efficient_attention.ops.planner.BLOCK_BYTES", 1)
     monkeypatch.setattr("efficient_attention.ops.planner.SHORTEST_BLOCK", 16)
-    monkeypatch.setattr("efficient_attention.ops.planner.PLAIN_BYTES", -1)
-    monkeypatch.setattr("efficient_attention.ops.planner.PLAIN_BYTES_KEPT", -1)
+    for limit in ("PLAIN_BYTES", "PLAIN_BYTES_KEPT", "PLAIN_BYTES_FUSED"):
+        monkeypatch.setattr(f"efficient_attention.ops.planner.{limit}", -1)

@@ -313,6 +313,16 @@ def test_auto_takes_them_where_somebody_has_built_them(kernels, monkeypatch):
 
 
 @served
+def test_results_are_written_to_memory_that_is_there(kernels):
+    query, key, value = make_inputs(1, 4, 3000, 3000, 32, 32, dtype=torch.float32)
+    expected = by("native")(query, key, value)
+    for out in (torch.empty_like(query), torch.empty_like(query.mT).mT, query):
+        returned = efficient_attention(query, key, value, backend="native", out=out)
+        assert returned is out
+        torch.testing.assert_close(out, expected)
+
+
+@served
 def test_auto_leaves_what_they_do_not_serve(kernels, monkeypatch):
     monkeypatch.setattr(native_build, "is_built", lambda: True)
     inputs = make_inputs(1, 4, 20_000, 20_000, 32, 32)

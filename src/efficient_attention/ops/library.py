@@ -81,20 +81,8 @@ def _(key, value, key_mask, normalization, *, backend="auto"):
 
 
 @torch.library.register_fake("efficient_attention::summarize_backward", lib=_LIBRARY)
-def _(
-    d_mean,
-    d_log_weight,
-    key,
-    value,
-    key_mask,
-    mean,
-    shift,
-    total,
-    normalization,
-    needs,
-    *,
-    backend="auto",
-):
+def _(d_mean, d_log_weight, key, value, *others, backend="auto"):
+    needs = others[-1]
     return empty_gradient(key, needs[0]), empty_gradient(value, needs[1])
 
 

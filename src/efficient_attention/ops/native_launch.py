@@ -49,7 +49,7 @@ def why_not(x: Tensor) -> str | None:
         return f"it runs on CPUs; got {x.device.type}"
     if x.dtype not in DTYPES:
         return f"it takes float32 and bfloat16; got {x.dtype}"
-    return native_build.why_not()
+    return None if native_build.is_built() else native_build.why_not()
 
 
 def is_preferred(x: Tensor) -> bool:
@@ -106,9 +106,15 @@ def summarize_backward(
     return d_key, d_value
 
 
-def attend(query: Tensor, mean: Tensor, normalization: str, num_groups: int) -> Tensor:
-    """``rho_q(Q) C`` for a context C, ``[B, H, N, Dv]``, as :func:`.blocked.attend`."""
-    output = empty_output(query, mean.shape[-1])
+def attend(
+    query: Tensor,
+    mean: Tensor,
+    normalization: str,
+    num_groups: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``rho_q(Q) C`` for a context C, ``[B, H, N, Dv]``, as :func:`.blocked.attend`; ``out`` may be the query."""
+    output = empty_output(query, mean.shape[-1]) if out is None else out
     mean = mean.contiguous()
     problem = _problem(query, mean.shape[-1], normalization, num_groups)
     _run("attend", problem, _view(query), _address(mean), _view(output))
