@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import efficient_attention as ea
-from efficient_attention.ops import library, reference, streamed
+from efficient_attention.ops import library, reference, streamed, tuning
 from efficient_attention.testing import assert_as_precise_as_plain, relative_error
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -219,6 +219,21 @@ def test_written_over_its_input_it_is_the_same():
         expected, *_ = triton_module_launch.folded(x, *args)
         triton_module_launch.folded_(x, *args)
         assert torch.equal(x, expected)
+
+
+def test_timing_tiles_never_repeats_what_is_written_over_its_input(tmp_path, monkeypatch):
+    x, source, *module = inputs_of(*SIZES[1])
+    args = (source, None, *module[:2], "softmax", module[2], True)
+    expected, *_ = triton_module_launch.folded(x, *args)
+    monkeypatch.setattr(tuning, "candidates", lambda tile: [tile, tile._replace(stages=1)])
+    tuning.autotune(folder=tmp_path)
+    try:
+        triton_module_launch.folded_(x, *args)
+    finally:
+        tuning.autotune(False)
+    assert torch.equal(x, expected)
+    # Those of the first pass were timed.
+    assert [p.suffix for p in tmp_path.iterdir()] == [".json", ".json"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
