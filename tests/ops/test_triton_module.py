@@ -266,13 +266,19 @@ def test_nothing_and_one_position_give_what_the_oracle_gives(sizes, normalizatio
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("strides", [(1 << 28, 1), (1, 1 << 28)], ids=["channels", "positions"])
+@pytest.mark.parametrize(
+    "strides",
+    [(1, 1 << 28, 1), (1, 1, 1 << 28), (1 << 30, 20, 1)],
+    ids=["channels", "positions", "samples"],
+)
 def test_offsets_beyond_two_billion_elements_are_right(strides):
-    # Memory that is touched at 16 x 20 places only, and up to 10 GB apart.
+    # Memory that is touched at a few hundred places only, and up to 10 GB apart.
     torch.utils.deterministic.fill_uninitialized_memory = False
-    x, _, *module = inputs_of(1, 16, None, 4, 8, 2, 20, 20, dtype=torch.float16)
-    far = torch.empty(16 * strides[0] + 20 * strides[1], dtype=torch.float16, device=DEVICE)
-    far = far.as_strided(x.shape, (1, *strides)).copy_(x)
+    batch = 3 if strides[0] > 1 else 1
+    x, _, *module = inputs_of(batch, 16, None, 4, 8, 2, 20, 20, dtype=torch.float16)
+    size = sum(n * stride for n, stride in zip(x.shape, strides, strict=True))
+    far = torch.empty(size, dtype=torch.float16, device=DEVICE)
+    far = far.as_strided(x.shape, strides).copy_(x)
     options = (None, None, *module[:2], "softmax", module[2], True)
     (expected, *_), (_, *summary) = (triton_module_launch.folded(y, *options) for y in (x, x))
     slopes = triton_module_launch.folded_backward(x, x, *options, *summary, (False, False, True))
