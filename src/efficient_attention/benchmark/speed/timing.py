@@ -135,7 +135,7 @@ def _elapsed(function: Callable[[], object], device: str) -> float:
 
 
 def _clock() -> Callable[[], float]:
-    """CPU time of one thread, which other processes leave alone; time of the clock, where threads wait for each other."""
+    """CPU time of one thread, which others leave alone; time of the clock, where threads wait for each other."""
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
