@@ -38,6 +38,7 @@ def clock(monkeypatch):
 
     clock = Clock()
     monkeypatch.setattr(timing, "_clock", lambda: clock)
+    monkeypatch.setattr(timing, "_others", lambda *_: 0.0)
     return clock
 
 
@@ -120,6 +121,7 @@ def test_another_formula_must_give_as_many_finite_numbers():
 
 
 def test_nobody_is_compared_with_ours_if_it_is_wrong():
+    """Its ratios would be those of a computation of something else."""
     entries = {OURS: entry(lambda q, k, v: v), "plain": entry(plain_attention)}
     found = measure(SMALL, ONCE, entries=entries)["entries"]
     assert found[OURS]["reason"].startswith("wrong: output")
