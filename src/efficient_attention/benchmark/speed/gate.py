@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -104,6 +105,24 @@ def admit(call: Call, task: Task, formula: str, right: Truth) -> float | None:
 
 
 def _plain(task: Task, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The plain equations; of the operator head by head, so that long inputs fit in float64."""
+    if isinstance(task.problem, Module):
+        return _plain_results(task, dtype)
+    heads = [
+        _plain_results(
+            replace(
+                task,
+                inputs={name: x[:, head, None] for name, x in task.inputs.items()},
+                d_output=task.d_output[:, head, None],
+            ),
+            dtype,
+        )
+        for head in range(task.problem.heads)
+    ]
+    return {name: torch.cat([head[name] for head in heads], 1) for name in heads[0]}
+
+
+def _plain_results(task: Task, dtype: torch.dtype) -> dict[str, Tensor]:
     inputs = {n: x.detach().to(dtype).requires_grad_(task.trains) for n, x in task.inputs.items()}
     function: Callable[..., Tensor] = plain_attention
     leaves: Mapping[str, Tensor] = inputs
@@ -111,5 +130,5 @@ def _plain(task: Task, dtype: torch.dtype) -> dict[str, Tensor]:
         module = paper_module(task.problem).to(task.problem.device, dtype)
         module.load_state_dict(task.weights)
         function, leaves = module, {**inputs, **dict(module.named_parameters())}
-    wide = Task(task.problem, inputs, task.d_output.to(dtype), task.weights)
+    wide = replace(task, inputs=inputs, d_output=task.d_output.to(dtype))
     return results(Call(function, tuple(inputs.values()), leaves), wide)

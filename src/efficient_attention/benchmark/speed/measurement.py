@@ -21,8 +21,8 @@ __all__ = ["ENTRIES", "measure", "work_of"]
 
 ENTRIES: dict[str, dict[str, Entry]] = {Operator.subject: OPERATOR, Module.subject: MODULE}
 
-# Of the positions from whose time that of more is computed, where it grows with their square.
-_SAMPLE_POSITIONS = 2048
+# Of the positions from whose time that of more is computed, where it grows with their square. A GPU needs many.
+_SAMPLE_POSITIONS = {"cpu": 2048, "cuda": 32768}
 
 
 def measure(
@@ -126,7 +126,7 @@ def _expected(problem: Problem, entry: Entry) -> tuple[float, int] | None:
 
     Whoever takes the square of time takes no more than a multiple of memory: nobody here has an N x N map.
     """
-    fewer = problem.at(_SAMPLE_POSITIONS)
+    fewer = problem.at(_SAMPLE_POSITIONS[problem.device])
     if entry.power == 1 or problem.positions <= fewer.positions:
         return None
     task = fewer.task()

@@ -43,8 +43,9 @@ class _Problem:
         return {"subject": self.subject, **asdict(self)}
 
     def _numbers(self, *shape: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator).to(self.device, getattr(torch, self.dtype))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        numbers = torch.randn(shape, generator=generator, device=self.device)
+        return numbers.to(getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
