@@ -32,4 +32,5 @@ def short_blocks(monkeypatch):
     """Blocks of 16 positions and of one sample, so that small inputs take many of them."""
     monkeypatch.setattr("efficient_attention.ops.planner.BLOCK_BYTES", 1)
     monkeypatch.setattr("efficient_attention.ops.planner.SHORTEST_BLOCK", 16)
-    monkeypatch.setattr("efficient_attention.ops.planner.SMALL_BYTES", 0)
+    monkeypatch.setattr("efficient_attention.ops.planner.PLAIN_BYTES", -1)
+    monkeypatch.setattr("efficient_attention.ops.planner.PLAIN_BYTES_KEPT", -1)

@@ -1,10 +1,11 @@
 """Blocks of positions that fit the cache: exact, on any device, in memory that does not grow with N or M.
 
 Nothing of the size of the inputs is allocated except what is returned. Every operator walks over blocks of positions
-(ops/blocks.py).
+(ops/blocks.py), on memory that is used again for each (ops/pages.py). Factors of products are in the dtype of products,
+everything else in that of sums (ops/precision.py).
 
-Shapes: B batch (b of it at a time), H heads, N queries, M keys, n positions of a block, Dk key channels, Dv value
-channels. ``key_mask`` is bool ``[B or 1, H or 1, M]``. Gradients, with P = rho_k(K) and A = rho_q(Q)::
+Shapes: B batch and H heads (b and h of them at a time), N queries, M keys, n positions of a block, Dk key channels, Dv
+value channels. ``key_mask`` is bool ``[B or 1, H or 1, M]``. Gradients, with P = rho_k(K) and A = rho_q(Q)::
 
     attend:     d_mean = A^T d_out;  G = d_out mean^T;  d_q = A * (G - sum_c A G)
     summarize:  d_v = P d_mean;      d_k = P * (V d_mean^T - sum_e d_mean mean + d_log_weight)
@@ -19,9 +20,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blocks import Blocks, add_weighted, divisor, exponentials, fold, walk
+from .blocks import Blocks, Tile, add_weighted, divisor, exponentials, fold, walk
 from .layout import empty_gradient, empty_output, is_channel_major, is_token_major
-from .precision import accumulation_dtype
+from .pages import Pages, product_by_head
+from .precision import accumulation_dtype, product_dtype
 
 # Integers as wide as floating-point numbers of so many bytes.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,43 +39,54 @@ def summarize(
     large, shift swallows the digits of total.
     """
     tiles = _walk(key, value.shape[-1])
+    pages = Pages(key, tiles, key.shape[-1])
     if len(tiles) == 1:
-        return _summarize_rows(key, value, key_mask, normalization, tiles[0][1])
+        return _summarize_tile(key, value, key_mask, normalization, tiles[0].blocks, pages)
     dtype = accumulation_dtype(key.dtype)
-    batch, heads, _, key_channels = key.shape
-    mean = key.new_zeros(batch, heads, key_channels, value.shape[-1], dtype=dtype)
+    sizes = *key.shape[:2], key.shape[-1]
+    mean = key.new_zeros(*sizes, value.shape[-1], dtype=dtype)
     log_weight, shift, total = (
-        key.new_full((batch, heads, key_channels), empty, dtype=dtype)
-        for empty in (-torch.inf, 0.0, 0.0)
+        key.new_full(sizes, empty, dtype=dtype) for empty in (-torch.inf, 0.0, 0.0)
     )
-    for rows, blocks in tiles:
-        mean[rows], log_weight[rows], shift[rows], total[rows] = _summarize_rows(
-            key[rows], value[rows], _mask_rows(key_mask, rows), normalization, blocks
+    for rows, heads, blocks in tiles:
+        at = rows, heads
+        mean[at], log_weight[at], shift[at], total[at] = _summarize_tile(
+            key[at], value[at], _mask_of(key_mask, *at), normalization, blocks, pages
         )
     return mean, log_weight, shift, total
 
 
-def _summarize_rows(
-    key: Tensor, value: Tensor, mask: Tensor | None, normalization: str, blocks: Blocks
+def _summarize_tile(
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    normalization: str,
+    blocks: Blocks,
+    pages: Pages,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weigh = _weigh_softmax if normalization == "softmax" else _weigh_scaling
-    weighted, shift, total = weigh(key, value, mask, blocks)
+    if normalization == "softmax":
+        weighted, shift, total = _weigh_softmax(key, value, mask, blocks, pages)
+    else:
+        weighted, shift, total = _weigh_scaling(key, value, mask, blocks)
     mean = weighted.div_(divisor(total).unsqueeze(-1))
     return mean, total.log() + shift, shift, total
 
 
 def _weigh_softmax(
-    key: Tensor, value: Tensor, mask: Tensor | None, blocks: Blocks
+    key: Tensor, value: Tensor, mask: Tensor | None, blocks: Blocks, pages: Pages
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``sum_m w v``, shift and ``sum_m w``, for ``w = exp(k - shift)``."""
-    lowest = torch.finfo(accumulation_dtype(key.dtype)).min
+    dtype = accumulation_dtype(key.dtype)
+    lowest = torch.finfo(dtype).min
 
     def weigh(n: slice) -> tuple[Tensor, Tensor, Tensor]:
-        weights = _load(key, mask, n, -torch.inf)  # [b, H, n, Dk]
+        k = _load(key, mask, n, -torch.inf)  # [b, h, n, Dk]
         # Where no key has any weight: -inf - -inf would be NaN.
-        shift = weights.amax(-2).clamp_(min=lowest)  # [b, H, Dk]
-        weights = exponentials(weights, shift.unsqueeze(-2))
-        return weights.mT @ _load(value, mask, n), shift, weights.sum(-2)
+        shift = k.amax(-2).to(dtype).clamp_(min=lowest)  # [b, h, Dk]
+        weights = exponentials(k, shift.unsqueeze(-2), out=pages.like(0, k))
+        total = weights.sum(-2)
+        weighted = product_by_head(pages.narrowed(0, weights).mT, _load(value, mask, n))
+        return weighted.to(dtype), shift, total
 
     return fold(add_weighted, weigh, blocks)
 
@@ -82,8 +95,11 @@ def _weigh_scaling(
     key: Tensor, value: Tensor, mask: Tensor | None, blocks: Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``sum_m k v``, no shift, and the number of keys."""
+    dtype = accumulation_dtype(key.dtype)
     weighted = fold(
-        torch.Tensor.add_, lambda n: _load(key, mask, n).mT @ _load(value, mask, n), blocks
+        torch.Tensor.add_,
+        lambda n: product_by_head(_load(key, mask, n).mT, _load(value, mask, n)).to(dtype),
+        blocks,
     )
     total = weighted.new_full(weighted.shape[:-1], key.shape[-2])
     if mask is not None:
@@ -112,40 +128,42 @@ def summarize_backward(
     if d_log_weight is not None:
         correction = correction - d_log_weight
     correction = (correction / total).unsqueeze(-2)
-    d_mean = d_mean / total.unsqueeze(-1)
+    d_mean = (d_mean / total.unsqueeze(-1)).to(product_dtype(key.dtype))
 
-    for rows, blocks in _walk(key, value.shape[-1]):
-        k, v, mask = key[rows], value[rows], _mask_rows(key_mask, rows)
+    tiles = _walk(key, value.shape[-1])
+    pages = Pages(key, tiles, key.shape[-1])
+    for rows, heads, blocks in tiles:
+        at = rows, heads
+        k, v, mask = key[at], value[at], _mask_of(key_mask, *at)
         for n in blocks:
             weights = _load(k, mask, n, -torch.inf if softmax else 0)
             if softmax:
-                weights = exponentials(weights, shift[rows].unsqueeze(-2))
-            if needs[1]:  # before d_key, so that only three blocks are alive at a time
-                d_value[rows, :, n] = weights @ d_mean[rows]
+                by = shift[at].unsqueeze(-2)
+                weights = exponentials(weights, by, out=pages.like(0, weights))
+            if needs[1]:
+                factor = pages.narrowed(0, weights) if softmax else weights
+                product_by_head(factor, d_mean[at], d_value[*at, n])
             if needs[0]:
-                slope = _load(v, mask, n) @ d_mean[rows].mT  # [b, H, n, Dk]
+                goal = d_key[*at, n]
+                slope = pages.product_by_head(1, _load(v, mask, n), d_mean[at].mT, goal)
                 if softmax:
-                    slope.sub_(correction[rows]).mul_(weights)
-                d_key[rows, :, n] = slope
+                    slope.sub_(correction[at]).mul_(weights)
+                _settle(goal, slope)
     return d_key, d_value
 
 
 def attend(query: Tensor, mean: Tensor, normalization: str, num_groups: int) -> Tensor:
     """``rho_q(Q) C`` for a context C, ``[B, H, N, Dv]``; queries normalized within groups of channels."""
-    channel_major = is_channel_major(query)
-    tiles = _walk(query, mean.shape[-1])
-    if [len(blocks) for _, blocks in tiles] == [1] and not is_token_major(query):
-        weights = _normalized_queries(query, normalization, num_groups)
-        return _product(weights, mean, channel_major).to(query.dtype)
     output = empty_output(query, mean.shape[-1])
-    for rows, blocks in tiles:
+    mean = mean.to(product_dtype(query.dtype))
+    tiles = _walk(query, mean.shape[-1])
+    pages = Pages(query, tiles, query.shape[-1])
+    for rows, heads, blocks in tiles:
         for n in blocks:
-            # Without names, so that the weights of a block are gone before those of the next are made.
-            output[rows, :, n] = _product(
-                _normalized_queries(query[rows, :, n], normalization, num_groups),
-                mean[rows],
-                channel_major,
-            )
+            weights = query[rows, heads, n]
+            if normalization == "softmax":
+                weights = _softmax(weights, num_groups, pages.narrow_like(0, weights))
+            product_by_head(weights.to(mean.dtype), mean[rows, heads], output[rows, heads, n])
     return output
 
 
@@ -159,21 +177,28 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`attend` with respect to query (its dtype and layout) and the context's mean."""
     d_query, d_mean = empty_gradient(query, needs[0]), empty_gradient(mean, needs[1]).zero_()
-    for rows, blocks in _walk(query, mean.shape[-1]):
-        d_mean[rows] = _pull_back_rows(
-            d_output[rows],
-            query[rows],
-            mean[rows],
-            d_query[rows],
+    narrow = mean.to(product_dtype(query.dtype))
+    tiles = _walk(query, mean.shape[-1])
+    pages = Pages(query, tiles, query.shape[-1])
+    for rows, heads, blocks in tiles:
+        at = rows, heads
+        part = _pull_back_tile(
+            d_output[at],
+            query[at],
+            narrow[at],
+            d_query[at] if needs[0] else d_query,
             normalization,
             num_groups,
             needs,
             blocks,
+            pages,
         )
+        if needs[1]:
+            d_mean[at] = part
     return d_query, d_mean
 
 
-def _pull_back_rows(
+def _pull_back_tile(
     d_output: Tensor,
     query: Tensor,
     mean: Tensor,
@@ -182,55 +207,72 @@ def _pull_back_rows(
     num_groups: int,
     needs: Sequence[bool],
     blocks: Blocks,
+    pages: Pages,
 ) -> Tensor:
     """Fills ``d_query`` block by block; returns the sum over blocks of ``A^T d_out``, each empty if not needed."""
-    channel_major = is_channel_major(query)
+    dtype, softmax = accumulation_dtype(query.dtype), normalization == "softmax"
 
     def pull_back(n: slice) -> Tensor:
-        weights = _normalized_queries(query[:, :, n], normalization, num_groups)
-        d_out = d_output[:, :, n].to(mean.dtype)
+        weights, d_out = query[:, :, n], d_output[:, :, n].to(mean.dtype)
+        if softmax:
+            weights = _softmax(weights, num_groups, pages.like(0, weights))
         if needs[0]:
-            slope = _product(d_out, mean.mT, channel_major)  # [b, H, n, Dk]
-            if normalization == "softmax":
-                _pull_back_softmax_(slope, weights, num_groups)
-            d_query[:, :, n] = slope
-        return weights.mT @ d_out if needs[1] else mean.new_empty(0)
+            goal = d_query[:, :, n]
+            slope = pages.product_by_head(1, d_out, mean.mT, goal)  # [b, h, n, Dk]
+            if softmax:
+                _pull_back_softmax_(slope, weights, pages.like(2, slope), num_groups)
+            _settle(goal, slope)
+        if not needs[1]:
+            return mean.new_empty(0)
+        weights = pages.narrowed(0, weights) if softmax else weights.to(mean.dtype)
+        return product_by_head(weights.mT, d_out).to(dtype)
 
     return fold(torch.Tensor.add_, pull_back, blocks)
 
 
-def _pull_back_softmax_(slope: Tensor, weights: Tensor, num_groups: int) -> None:
+def _pull_back_softmax_(slope: Tensor, weights: Tensor, free: Tensor, num_groups: int) -> None:
     """Turn dL/dA into dL/dQ in place for A = softmax(Q) over the channels of each group."""
-    grouped, weights = (x.unflatten(-1, (num_groups, -1)) for x in (slope, weights))
-    grouped.sub_((grouped * weights).sum(-1, keepdim=True)).mul_(weights)
+    both = torch.mul(slope, weights, out=free)
+    total = both.unflatten(-1, (num_groups, -1)).sum(-1, keepdim=True)
+    slope.unflatten(-1, (num_groups, -1)).sub_(total)
+    slope.mul_(weights)
 
 
-def _normalized_queries(query: Tensor, normalization: str, num_groups: int) -> Tensor:
-    query = query.to(accumulation_dtype(query.dtype))
-    if normalization == "scaling":
-        return query
-    if num_groups == 1 and not is_channel_major(query):
-        return query.softmax(-1)
-    # The softmax is taken in the order of memory: over the last dimension it would copy a channel-major block.
+def _softmax(query: Tensor, num_groups: int, page: Tensor) -> Tensor:
+    """Softmax over the channels of each group, on a page and in its dtype."""
+    # In the order of memory, and by hand over a few neighbours, for which PyTorch's is slow.
     if is_channel_major(query):
-        return query.mT.unflatten(-2, (num_groups, -1)).softmax(-2).flatten(-3, -2).mT
-    return query.unflatten(-1, (num_groups, -1)).softmax(-1).flatten(-2)
+        groups, out = (x.mT.unflatten(-2, (num_groups, -1)) for x in (query, page))
+        torch.softmax(groups, -2, dtype=page.dtype, out=out)
+    elif num_groups == 1:
+        torch.softmax(query, -1, dtype=page.dtype, out=page)
+    else:
+        groups = query.unflatten(-1, (num_groups, -1)).to(accumulation_dtype(query.dtype))
+        weights = exponentials(groups, groups.amax(-1, keepdim=True))
+        torch.div(weights, weights.sum(-1, keepdim=True), out=page.unflatten(-1, (num_groups, -1)))
+    return page
 
 
-def _product(a: Tensor, b: Tensor, channel_major: bool) -> Tensor:
-    """``a @ b`` in the memory order of what it will be written to."""
-    return (b.mT @ a.mT).mT if channel_major else a @ b
+def _settle(goal: Tensor, x: Tensor) -> None:
+    """Bring a result to where it goes in the end, unless it was computed there."""
+    if x.data_ptr() != goal.data_ptr():
+        goal.copy_(x)
 
 
-def _walk(x: Tensor, other_channels: int) -> list[tuple[slice, Blocks]]:
-    """Rows of the batch, and for each the blocks of positions of ``x [B, H, N, D]``."""
+def _walk(x: Tensor, other_channels: int) -> list[Tile]:
+    """Tiles of ``x [B, H, N, D]`` whose positions have as many other channels besides."""
     batch, heads, positions, channels = x.shape
-    return walk(batch, heads, positions, channels + other_channels)
+    channels += other_channels
+    if not is_token_major(x):
+        return walk(batch, heads, positions, channels, x.itemsize)
+    # The heads of a position are neighbours.
+    together = walk(batch, 1, positions, heads * channels, x.itemsize)
+    return [tile._replace(heads=slice(0, heads)) for tile in together]
 
 
 def _load(x: Tensor, mask: Tensor | None, positions: slice, fill: float = 0) -> Tensor:
-    """A block in the dtype of sums; masked positions may hold anything, NaN included, so they are replaced."""
-    dtype = accumulation_dtype(x.dtype)
+    """A block in the dtype of products; masked positions may hold anything, NaN included, so they are replaced."""
+    dtype = product_dtype(x.dtype)
     block = _block(x, positions)
     if mask is None:
         return block.to(dtype)
@@ -248,5 +290,9 @@ def _block(x: Tensor, positions: slice) -> Tensor:
     return x if positions.start == 0 and positions.stop >= x.shape[2] else x[:, :, positions]
 
 
-def _mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
-    return mask if mask is None or mask.shape[0] == 1 else mask[rows]
+def _mask_of(mask: Tensor | None, rows: slice, heads: slice) -> Tensor | None:
+    if mask is None:
+        return None
+    return mask[
+        rows if mask.shape[0] > 1 else slice(None), heads if mask.shape[1] > 1 else slice(None)
+    ]

@@ -8,12 +8,12 @@ may still round a few short ones differently in another batch.)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .planner import block_length, rows_per_block
+from .planner import block_length, maps_per_block
 
 Blocks = Sequence[slice]
 T = TypeVar("T")
@@ -22,13 +22,32 @@ T = TypeVar("T")
 _LOG2_E = 1.4426950408889634
 
 
-def walk(batch: int, heads: int, positions: int, channels: int) -> list[tuple[slice, Blocks]]:
-    """Rows of a batch, and for each the blocks of its positions; nothing if it is empty."""
-    length = block_length(heads, channels)
-    rows = rows_per_block(heads, min(length, positions), channels)
+class Tile(NamedTuple):
+    """Maps that are taken together, as slices of the batch and of the heads, and the blocks of their positions."""
+
+    rows: slice
+    heads: slice
+    blocks: Blocks
+
+    @property
+    def positions(self) -> int:
+        """Positions of the longest block, of all maps."""
+        maps = (self.rows.stop - self.rows.start) * (self.heads.stop - self.heads.start)
+        return maps * self.blocks[0].stop
+
+
+def walk(batch: int, heads: int, positions: int, channels: int, itemsize: int) -> list[Tile]:
+    """Tiles that cover so many maps of so many ``channels``; none if there is nothing to cover."""
+    length = block_length(channels, itemsize)
+    maps = maps_per_block(min(length, positions), channels, itemsize)
     blocks = [slice(start, min(start + length, positions)) for start in range(0, positions, length)]
-    starts = range(0, batch if blocks else 0, rows)
-    return [(slice(start, min(start + rows, batch)), blocks) for start in starts]
+    # As many samples as fit, or as many heads of one.
+    rows, heads_of_one = max(1, maps // max(1, heads)), min(maps, heads)
+    return [
+        Tile(slice(row, min(row + rows, batch)), slice(h, min(h + heads_of_one, heads)), blocks)
+        for row in range(0, batch if blocks else 0, rows)
+        for h in range(0, heads, max(1, heads_of_one))
+    ]
 
 
 def fold(combine: Callable[[T, T], T], part: Callable[[slice], T], blocks: Blocks) -> T:

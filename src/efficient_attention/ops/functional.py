@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import blocked, library, reference, small
+from . import blocked, library, plain, reference
 from .arguments import (
     canonical_mask,
     check_attention_shapes,
@@ -83,7 +83,7 @@ def efficient_attention(
     Paper: Shen et al. 2021, Sec. 3.2.
     """
     if key_mask is None and backend == "auto":
-        output = small.efficient_attention(query, key, value, normalization, order)
+        output = plain.efficient_attention(query, key, value, normalization, order)
         if output is not None:
             return output
     check_option("order", order, ("auto", *OPERATOR_ORDERS))
@@ -326,7 +326,7 @@ def _operators(backend: str, *tensors: Tensor) -> tuple[Callable, Callable]:
     """The ``summarize`` and ``attend`` that serve the call; an error if a backend was named that cannot."""
     if backend == "reference":
         return reference.summarize, reference.attend
-    if backend != "triton" and small.nobody_watches(*tensors):
+    if backend != "triton" and plain.nobody_watches(*tensors):
         # What the dispatcher would come to.
         return blocked.summarize, blocked.attend
     reason = library.serves_plain_tensors_only()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .huge_pages import on_huge_pages
+
 
 def is_channel_major(x: Tensor) -> bool:
     """Whether the positions of one channel are neighbours in memory, as in a flattened ``[B, C, H, W]`` map."""
@@ -20,12 +22,19 @@ def empty_output(query: Tensor, value_channels: int) -> Tensor:
     """Memory for ``[B, H, N, Dv]`` laid out as the query is, so that callers undo their views without a copy."""
     batch, heads, queries, _ = query.shape
     if is_channel_major(query):
-        return query.new_empty(batch, heads, value_channels, queries).transpose(-1, -2)
-    if is_token_major(query):
-        return query.new_empty(batch, queries, heads, value_channels).transpose(1, 2)
-    return query.new_empty(batch, heads, queries, value_channels)
+        output = query.new_empty(batch, heads, value_channels, queries).transpose(-1, -2)
+    elif is_token_major(query):
+        output = query.new_empty(batch, queries, heads, value_channels).transpose(1, 2)
+    else:
+        output = query.new_empty(batch, heads, queries, value_channels)
+    return on_huge_pages(output)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Memory for a result that is laid out as ``x``."""
+    return on_huge_pages(torch.empty_like(x))
 
 
 def empty_gradient(x: Tensor, needed: bool) -> Tensor:
     """Memory for the gradient of ``x``, laid out as ``x``; none if nobody asked for it."""
-    return torch.empty_like(x) if needed else x.new_empty(0)
+    return empty_like(x) if needed else x.new_empty(0)

@@ -30,9 +30,12 @@ FOLDS_OUTPUT = ("folded_output", "folded")
 BLOCK_BYTES = 4 << 20
 SHORTEST_BLOCK = 256
 
-# Starting an operator costs as much as computing some ten thousand numbers: below this many bytes of queries, keys and
-# values, problems are computed in few operators rather than in little memory.
-SMALL_BYTES = 1 << 20
+# While the normalized queries and keys take no more than this, few large operators are faster than many blocks. With
+# gradients they are kept, one pair for each layer of a network, and blocks pay sooner.
+PLAIN_BYTES = 32 << 20
+PLAIN_BYTES_KEPT = 8 << 20
+# Longer sums are taken in blocks in any case, for their rounding.
+PLAIN_KEYS = 8192
 
 # Beside a mean: its log_weight, and the largest key and the sum relative to it for the backward pass.
 _CONTEXT_WEIGHTS = 3
@@ -83,7 +86,7 @@ def operator_costs(
     context = key_channels * (value_channels + _CONTEXT_WEIGHTS)
     weights = keys * queries + (keys + queries) * key_channels
     blocks = max(
-        block_bytes(batch, heads, positions, key_channels, value_channels, sums)
+        block_bytes(batch, heads, positions, key_channels, value_channels, itemsize)
         for positions in (queries, keys)
     )
     return {
@@ -143,10 +146,10 @@ def module_costs(
 
     def split(positions: int, channels: int) -> int:
         """Bytes of blocks where heads are apart; ``together`` where they share one product with all ``channels``."""
-        return block_bytes(batch, heads, positions, dk // heads, channels // heads, sums)
+        return block_bytes(batch, heads, positions, dk // heads, channels // heads, itemsize)
 
     def together(positions: int, channels: int) -> int:
-        return block_bytes(batch, 1, positions, dk, channels, sums)
+        return block_bytes(batch, 1, positions, dk, channels, itemsize)
 
     # Of each side: multiply-adds; bytes of projections and contexts, a sample; bytes of blocks.
     sides = {
@@ -239,36 +242,38 @@ def quadratic_is_cheaper(queries: int, keys: int, key_channels: int, value_chann
     return quadratic < (queries + keys) * key_channels * value_channels
 
 
-def is_small(maps: int, queries: int, keys: int, key_channels: int, value_channels: int) -> bool:
-    """Whether starting operators is what attention of so many maps (batch times heads) mostly costs."""
-    numbers = maps * (queries * key_channels + keys * (key_channels + value_channels))
-    return 4 * numbers <= SMALL_BYTES
+def plain_is_cheaper(
+    maps: int, queries: int, keys: int, key_channels: int, itemsize: int, *, kept: bool
+) -> bool:
+    """Whether few plain operators are faster than blocks, for so many maps (batch times heads)."""
+    weights = maps * (queries + keys) * key_channels * itemsize
+    return keys <= PLAIN_KEYS and weights <= (PLAIN_BYTES_KEPT if kept else PLAIN_BYTES)
 
 
-def block_length(heads: int, channels: int) -> int:
-    """Positions in one block of the blocked path: a power of two that depends on neither batch nor length."""
-    affordable = BLOCK_BYTES // (4 * max(1, heads * channels))
+def block_length(channels: int, itemsize: int) -> int:
+    """Positions in one block: a power of two that depends on neither batch nor length."""
+    affordable = BLOCK_BYTES // (itemsize * max(1, channels))
     return max(SHORTEST_BLOCK, 1 << max(0, affordable.bit_length() - 1))
 
 
-def rows_per_block(heads: int, positions: int, channels: int) -> int:
-    """Samples of the batch that the blocked path takes together."""
-    return max(1, BLOCK_BYTES // (4 * max(1, heads * positions * channels)))
+def maps_per_block(positions: int, channels: int, itemsize: int) -> int:
+    """How many maps, of as many samples and heads, are taken together in blocks of so many positions."""
+    return max(1, BLOCK_BYTES // (itemsize * max(1, positions * channels)))
 
 
 def block_bytes(
     batch: int, heads: int, positions: int, key_channels: int, value_channels: int, itemsize: int
 ) -> int:
-    """What the blocked path holds of one block: weights, and beside them what they are made from or a product.
-
-    A block that is the whole input is read where it lies, and its product is the output.
-    """
+    """What the blocked path holds of one block: its weights, in low precision in the dtypes of sums and of products."""
     channels = key_channels + value_channels
-    length = min(block_length(heads, channels), positions)
-    rows = min(rows_per_block(heads, length, channels), batch)
-    whole = (rows, length) == (batch, positions)
-    held = key_channels if whole else key_channels + max(key_channels, value_channels)
-    return rows * heads * length * held * itemsize
+    length = min(block_length(channels, itemsize), positions)
+    maps = min(maps_per_block(length, channels, itemsize), batch * heads)
+    return maps * length * key_channels * _page_bytes(itemsize)
+
+
+def _page_bytes(itemsize: int) -> int:
+    """Of one intermediate number: low precision is multiplied as it is stored, and added up in float32."""
+    return itemsize if itemsize >= 4 else 4 + itemsize
 
 
 def streamed_bytes(
@@ -281,16 +286,19 @@ def streamed_bytes(
     *,
     pages: int = 1,
     contexts: int = 0,
+    backward: bool = False,
 ) -> int:
     """What the streamed module holds while it walks over blocks of one side.
 
     Pages of ``key_channels`` for each position of a block, in low precision twice, and one number for each head;
-    ``contexts`` of each sum over blocks that is not yet complete.
+    ``contexts`` of each sum over blocks that is not yet complete. Blocks of the ``backward`` pass are as long as in the
+    dtype of sums.
     """
     sums = max(itemsize, 4)
-    width = key_channels * (sums + itemsize % sums)
-    length = min(block_length(1, key_channels + channels), positions)
-    rows = min(rows_per_block(1, length, key_channels + channels), batch)
+    width = key_channels * _page_bytes(itemsize)
+    fitted = sums if backward else itemsize
+    length = min(block_length(key_channels + channels, fitted), positions)
+    rows = min(maps_per_block(length, key_channels + channels, fitted), batch)
     incomplete = 1 + (-(-positions // max(1, length)) - 1).bit_length()
     partial = contexts * incomplete * key_channels * channels * sums
     return rows * (length * (pages * width + heads * sums) + partial)

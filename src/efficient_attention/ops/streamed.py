@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import add_weighted, divisor, exponentials, fold, walk
+from .blocks import Tile, add_weighted, divisor, exponentials, fold, walk
 from .folding import fold_output, fold_output_backward, fold_values, fold_values_backward
-from .layout import empty_gradient
+from .layout import empty_gradient, empty_like
 from .pages import Pages, product
 from .precision import accumulation_dtype
 
@@ -63,7 +63,7 @@ def folded(
     """
     attended = x if source is None else source
     summary = _summarize(attended, key_mask, weights[1], biases[1], normalization)
-    output = torch.empty_like(x)
+    output = empty_like(x)
     _attend(output, x, summary, weights, biases, normalization, num_heads, residual)
     return output, *summary
 
@@ -97,9 +97,9 @@ def _summarize(
     shift, total, sums = (source.new_zeros(batch, key_channels, dtype=dtype) for _ in range(3))
     softmax = normalization == "softmax"
     lowest = torch.finfo(dtype).min
-    tiles = walk(batch, 1, positions, key_channels + channels)
+    tiles = _walk(source, key_channels, source.dtype)
     pages = Pages(source, tiles, key_channels)
-    for rows, blocks in tiles:
+    for rows, _, blocks in tiles:
 
         def weigh(n: slice, rows: slice = rows) -> tuple[Tensor, Tensor, Tensor]:
             x, mask = _attended(source[rows, :, n], key_mask, rows, n)
@@ -134,10 +134,9 @@ def _attend(
 ) -> None:
     """Writes ``X + M^T rho_q(Q)`` into output, which may be x."""
     softmax, key_channels = normalization == "softmax", weights[0].shape[0]
-    batch, channels, positions = x.shape
-    tiles = walk(batch, 1, positions, key_channels + channels)
+    tiles = _walk(x, key_channels, x.dtype)
     pages = Pages(x, tiles, key_channels)
-    for rows, blocks in tiles:
+    for rows, _, blocks in tiles:
         # Folded for these rows alone, so that no rounding of a long sample depends on its batch mates.
         of_rows = Summary(*(part[rows] for part in summary))
         _, mean = _folded_context(of_rows, weights, biases, num_heads, softmax)
@@ -222,13 +221,13 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Writes what comes through the queries into d_x; gradients of mean, weight, bias and of a bias of the output."""
     dtype, narrow = mean.dtype, mean.to(x.dtype)
-    batch, channels, positions = x.shape
+    channels = x.shape[1]
     d_mean = torch.zeros_like(mean)
     d_weight = mean.new_zeros(weight.shape)
     d_bias, d_output_bias = mean.new_zeros(weight.shape[0]), mean.new_zeros(channels)
-    tiles = walk(batch, 1, positions, weight.shape[0] + channels)
-    pages = Pages(x, tiles, weight.shape[0], count=3)
-    for rows, blocks in tiles:
+    tiles = _walk(x, weight.shape[0], dtype)
+    pages = Pages(x, tiles, weight.shape[0])
+    for rows, _, blocks in tiles:
 
         def pull_back(n: slice, rows: slice = rows) -> tuple[Tensor, ...]:
             block, d_out = x[rows, :, n], d_output[rows, :, n]
@@ -268,15 +267,14 @@ def _summarize_backward(
 ) -> tuple[Tensor, Tensor]:
     """Writes what comes through the keys into d_source, or adds it; gradients of weight and bias."""
     (slope, constant), dtype, key_channels = slopes, shift.dtype, weight.shape[0]
-    batch, channels, positions = source.shape
     slope = slope.to(source.dtype)
     # Keys and their slopes come from one product, and go back by another.
     there = torch.cat((weight.expand_as(slope), slope), dim=1)  # [B, 2 dk, S]
     back = torch.cat((slope, weight.expand_as(slope)), dim=1).mT
     d_weight, d_bias = (constant.new_zeros(x) for x in (weight.shape, key_channels))
-    tiles = walk(batch, 1, positions, key_channels + channels)
+    tiles = _walk(source, key_channels, dtype)
     pages = Pages(source, tiles, 2 * key_channels)
-    for rows, blocks in tiles:
+    for rows, _, blocks in tiles:
 
         def pull_back(n: slice, rows: slice = rows) -> tuple[Tensor, ...]:
             x, mask = _attended(source[rows, :, n], key_mask, rows, n)
@@ -345,6 +343,12 @@ def _pull_back_softmax_(slope: Tensor, attention: Tensor, free: Tensor, num_head
     total = torch.mul(slope, attention, out=free).unflatten(1, (num_heads, -1)).sum(2, keepdim=True)
     slope.unflatten(1, (num_heads, -1)).sub_(total)
     slope.mul_(attention)
+
+
+def _walk(x: Tensor, key_channels: int, dtype: torch.dtype) -> list[Tile]:
+    """Tiles of ``x [B, C, N]``, as long as fit the cache in a dtype: in that of sums where there are many pages."""
+    batch, channels, positions = x.shape
+    return walk(batch, 1, positions, key_channels + channels, dtype.itemsize)
 
 
 def _attended(

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.planner import block_length, rows_per_block, streamed_bytes
+from ..ops.planner import block_length, maps_per_block, streamed_bytes
+from ..ops.precision import accumulation_dtype, product_dtype
 
 _aten, _ours = torch.ops.aten, torch.ops.efficient_attention
 
@@ -129,30 +130,32 @@ def _multihead(args: Sequence[Any], result: Any) -> int:
 
 def _summarize(args: Sequence[Any], result: Any) -> int:
     key, value, _, normalization = args
-    weights = key.shape[-1] if normalization == "softmax" else 0
-    return _nbytes(result) + _Blocks(key, value.shape[-1]).bytes_of(weights)
+    pages = _Pages(key, value.shape[-1])
+    weights = pages.of_both(key.shape[-1]) if normalization == "softmax" else 0
+    return _nbytes(result) + weights
 
 
 def _summarize_backward(args: Sequence[Any], result: Any) -> int:
     _, _, key, value, _, _, _, _, normalization, _ = args
-    weights = key.shape[-1] if normalization == "softmax" else 0
-    channels = weights + max(key.shape[-1], value.shape[-1])
-    return _nbytes(result) + _Blocks(key, value.shape[-1]).bytes_of(channels)
+    pages, channels = _Pages(key, value.shape[-1]), key.shape[-1]
+    weights = pages.of_both(channels) if normalization == "softmax" else 0
+    return _nbytes(result) + weights + pages.of_results(channels)
 
 
 def _attend(args: Sequence[Any], result: Any) -> int:
     query, mean, normalization, _ = args
-    blocks = _Blocks(query, mean.shape[-1])
-    weights = query.shape[-1] if normalization == "softmax" else 0
-    # The product of a single block is what is returned.
-    product = 0 if blocks.single else mean.shape[-1]
-    return _nbytes(result) + blocks.bytes_of(weights + product)
+    pages, channels = _Pages(query, mean.shape[-1]), query.shape[-1]
+    weights = pages.of_products(channels) if normalization == "softmax" else 0
+    return _nbytes(result) + weights + pages.of_copies(normalization, channels)
 
 
 def _attend_backward(args: Sequence[Any], result: Any) -> int:
     _, query, mean, normalization, _, _ = args
-    channels = query.shape[-1] * (3 if normalization == "softmax" else 1)
-    return _nbytes(result) + _Blocks(query, mean.shape[-1]).bytes_of(channels)
+    pages, channels = _Pages(query, mean.shape[-1]), query.shape[-1]
+    weights = pages.of_both(channels) if normalization == "softmax" else 0
+    products = pages.of_sums(channels) if normalization == "softmax" else 0
+    copies = pages.of_copies(normalization, channels)
+    return _nbytes(result) + weights + products + pages.of_results(channels) + copies
 
 
 def _folded(args: Sequence[Any], result: Any) -> int:
@@ -166,37 +169,59 @@ def _folded(args: Sequence[Any], result: Any) -> int:
 
 
 def _folded_backward(args: Sequence[Any], result: Any) -> int:
-    _, x, source, _, (_, keys, *_), _, _, num_heads, *_ = args
+    _, x, source, _, (_, keys, *_), _, normalization, num_heads, *_ = args
     source = x if source is None else source
     context = max(4, x.element_size()) * len(x) * len(keys) * x.shape[1]
     parameters = _nbytes(result[2:])
     images = _nbytes(result[:2])
-    query_side = _streamed(x, keys, num_heads, pages=3, contexts=2) + 4 * context
+    pages = 3 if normalization == "softmax" else 2
+    query_side = _streamed(x, keys, num_heads, pages=pages, contexts=2, backward=True) + 4 * context
     return images + max(
-        query_side, _streamed(source, keys, 0, pages=2, contexts=1) + 9 * context, parameters
+        query_side,
+        _streamed(source, keys, 0, pages=2, contexts=1, backward=True) + 9 * context,
+        parameters,
     )
 
 
-def _streamed(x: Tensor, weight: Tensor, heads: int, **held: int) -> int:
+def _streamed(x: Tensor, weight: Tensor, heads: int, **held: Any) -> int:
     batch, channels, positions = x.shape
     return streamed_bytes(
         batch, positions, channels, weight.shape[0], heads, x.element_size(), **held
     )
 
 
-class _Blocks:
-    """Blocks of positions of ``x [B, H, N, D]``, and of as many with other channels."""
+class _Pages:
+    """What is held of a block of positions of ``x [B, H, N, D]``, of as many with other channels besides."""
 
     def __init__(self, x: Tensor, other_channels: int):
         batch, heads, positions, channels = x.shape
         both = channels + other_channels
-        length = min(block_length(heads, both), positions)
-        rows = min(rows_per_block(heads, length, both), batch)
-        self.single = (length, rows) == (positions, batch)
-        self._size = rows * heads * length * max(4, x.element_size())
+        length = min(block_length(both, x.itemsize), positions)
+        self._numbers = min(maps_per_block(length, both, x.itemsize), batch * heads) * length
+        self._sums, self._products = accumulation_dtype(x.dtype), product_dtype(x.dtype)
+        self._is_narrow = self._sums != x.dtype
+        self._is_part = length < positions and not x[:1, :1, :length].is_contiguous()
+        self._itemsize = x.itemsize
 
-    def bytes_of(self, channels: int) -> int:
-        return self._size * channels
+    def of_products(self, channels: int) -> int:
+        """Bytes of a page that holds factors of products alone."""
+        return self._numbers * channels * self._products.itemsize
+
+    def of_both(self, channels: int) -> int:
+        """Bytes of a page that is there in the dtype of sums, and in that of products where it is another."""
+        return self.of_sums(channels) + (self._sums != self._products) * self.of_products(channels)
+
+    def of_sums(self, channels: int) -> int:
+        return self._numbers * channels * self._sums.itemsize
+
+    def of_copies(self, normalization: str, channels: int) -> int:
+        """Bytes of queries that are copied for their softmax, as those are that do not lie together."""
+        copied = self._is_part and normalization == "softmax"
+        return copied * self._numbers * channels * self._itemsize
+
+    def of_results(self, channels: int) -> int:
+        """Bytes of a page for what is stored in the end, which needs none if it is stored in the dtype of sums."""
+        return self._is_narrow * self.of_both(channels)
 
 
 def _nbytes(result: Any) -> int:
