@@ -247,7 +247,7 @@ def test_the_operator_is_measured_with_both_settings(tmp_path, capsys):
     record = json.loads((tmp_path / "operator_cpu.json").read_text())
     assert [case["allocator"] for case in record["cases"]] == ["default", "warm"]
     assert [*record["cases"][0]["entries"]] == ["ours", "plain", "SDPA", "copy"]
-    assert record["threads"] == 1
+    assert record["provenance"]["threads"] == 1
     assert {"commit", "processor", "torch", "time"} <= set(record["provenance"])
     assert (
         "**Forward, float32, 1 head, 4 key and 4 value channels each**" in capsys.readouterr().out

@@ -37,7 +37,6 @@ def record():
     return {
         "name": "operator",
         "device": "cpu",
-        "threads": 2,
         "entries": {name: {} for name in (OURS, "plain", "SDPA", "peer", "copy")},
         "cases": [
             operator_case(n, allocator, {**entries, "peer": missing}, disturbed=n == 64)
@@ -69,6 +68,7 @@ def record():
             "time": "2026-11-26T01:02:03+00:00",
             "commit": "0123456789abcdef",
             "changed": False,
+            "threads": 2,
         },
     }
 

@@ -59,8 +59,9 @@ def show(record: Mapping[str, Any]) -> str:
     here = record["provenance"]
     machine = here["processor"] if record["device"] == "cpu" else record["device"]
     changed = ", with changes" if here["changed"] else ""
+    threads = f"{here['threads']} thread{'s' if here['threads'] > 1 else ''}"
     origin = (
-        f"*{machine}, {record['threads']} threads, torch {here['torch']}, {here['time'][:10]}, "
+        f"*{machine}, {threads}, torch {here['torch']}, {here['time'][:10]}, "
         f"commit {(here['commit'] or 'unknown')[:12]}{changed}.*"
     )
     tables = orders_table(record) if record["name"] == "orders" else speed_tables(record)

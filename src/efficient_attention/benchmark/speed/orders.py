@@ -90,13 +90,12 @@ def measure_orders(
     record = {
         "name": "orders",
         "device": device_name(device),
-        "threads": threads or torch.get_num_threads(),
         "effort": effort._asdict(),
         "near": NEAR,
         "cases": in_settings(
             partial(_judge, effort=effort), problems, allocators=allocators, threads=threads
         ),
-        "provenance": describe(),
+        "provenance": {**describe(), "threads": threads or torch.get_num_threads()},
     }
     path = record_path(output, "orders", device)
     write_record(path, record)
@@ -179,6 +178,8 @@ def _judge(problem: Problem, *, effort: Effort) -> dict[str, Any]:
     found = measure(problem, effort, entries=entries)
     medians = {name: median(row) for name, row in found.pop("entries").items() if name != OURS}
     times = {name: times for name, times in medians.items() if times is not None}
+    if not times:
+        raise AssertionError(f"{problem}: no order is right")
     best, planned = min(times, key=lambda name: times[name]), planned_order(problem.task())
     distance = min(1.0, times.get(planned, 1.0)) / min(1.0, times[best])
     return {

@@ -65,11 +65,10 @@ def measure_speed(
     record = {
         "name": problems[0].subject,
         "device": device_name(device),
-        "threads": threads or torch.get_num_threads(),
         "effort": effort._asdict(),
         "entries": {n: {"what": e.what, "formula": e.formula} for n, e in entries.items()},
         "cases": cases,
-        "provenance": describe(),
+        "provenance": {**describe(), "threads": threads or torch.get_num_threads()},
     }
     path = record_path(output, problems[0].subject, device)
     write_record(path, record)
