@@ -46,10 +46,10 @@ def draw_speed(record: Mapping[str, Any], path: Path) -> None:
     # The same picture of the same record, and letters that stay letters.
     with mpl.rc_context({"svg.hashsalt": record["name"], "svg.fonttype": "none"}):
         figure = Figure((columns * _SIZE[0], rows * _SIZE[1] + 0.4), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False).flat
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (title, cases) in zip(grid, panels.items(), strict=False):
             _draw(axes, title, cases, list(record["entries"]))
-        for axes in list(grid)[len(panels) :]:
+        for axes in grid[len(panels) :]:
             axes.set_axis_off()
         lines = {str(h.get_label()): h for axes in figure.axes for h in axes.get_lines()}
         shown = {label: h for label, h in lines.items() if not label.startswith("_")}
@@ -63,7 +63,8 @@ def draw_speed(record: Mapping[str, Any], path: Path) -> None:
 
 def _draw(axes: Axes, title: str, cases: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     axes.axhline(1, color="black", linewidth=1)
-    for index, name in enumerate(n for n in names if n != OURS):
+    # A copy is so far below that it would flatten all others.
+    for index, name in enumerate(n for n in names if n not in (OURS, "copy")):
         for allocator, style in _STYLES.items():
             points = sorted(
                 (case["positions"], times)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,9 @@ def _call_with_each(
     found = []
     for done, problem in enumerate(problems):
         progress.show(done, _in_words(problem))
+        parent = parent_process()
+        if parent is not None and not parent.is_alive():
+            raise SystemExit("whoever asked for measurements has gone")
         found.append(function(problem))
     progress.show(len(problems))
     return found
