@@ -73,9 +73,9 @@ def _add_module(parser: argparse.ArgumentParser, integer: Integer) -> None:
         "--maps",
         nargs="+",
         type=_map,
-        default=[(32, 32), (128, 128), (256, 256)],
+        default=[(32, 32), (64, 64), (128, 128)],
         metavar="HxW",
-        help="feature maps; one number for a square (default: 32 128 256)",
+        help="feature maps; one number for a square (default: 32 64 128)",
     )
     _add_integers(parser, integer, "heads", [8], "heads")
     _add_integers(parser, integer, "channels", [256], "of the map")

@@ -134,7 +134,7 @@ def _expected(problem: Problem, entry: Entry) -> tuple[float, int] | None:
     # Not compared: that is done where it is timed.
     results(call, task)
     work, factor = work_of(call, task), problem.positions / fewer.positions
-    seconds = min(seconds_of(work, problem.device) for _ in range(2))
+    seconds = min(seconds_of(work, problem.device) for _ in range(5))
     return seconds * factor**entry.power, round(_peak(work) * factor)
 
 
