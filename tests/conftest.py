@@ -1,9 +1,12 @@
 """State that every test starts from: a seed, one precision, and memory that is poisoned where it is not written."""
 
+import functools
 import os
 
 import pytest
 import torch
+
+from efficient_attention.ops import native_build
 
 if torch.cuda.is_available():
     # Without it cuBLAS refuses deterministic algorithms.
@@ -14,7 +17,9 @@ else:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_state():
+def _fresh_state(monkeypatch):
+    # "auto" is here what it is where nobody has built the native kernels, whatever this machine has.
+    monkeypatch.setattr(native_build, "is_built", functools.cache(lambda: False))
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     # Fills torch.empty with NaN: whatever is returned without having been written shows.
@@ -32,5 +37,5 @@ def short_blocks(monkeypatch):
     """Blocks of 16 positions and of one sample, so that small inputs take many of them."""
     monkeypatch.setattr("efficient_attention.ops.planner.BLOCK_BYTES", 1)
     monkeypatch.setattr("efficient_attention.ops.planner.SHORTEST_BLOCK", 16)
-    monkeypatch.setattr("efficient_attention.ops.planner.PLAIN_BYTES", -1)
-    monkeypatch.setattr("efficient_attention.ops.planner.PLAIN_BYTES_KEPT", -1)
+    for limit in ("PLAIN_BYTES", "PLAIN_BYTES_KEPT", "PLAIN_BYTES_FUSED"):
+        monkeypatch.setattr(f"efficient_attention.ops.planner.{limit}", -1)

@@ -51,7 +51,9 @@ def test_the_wheel_holds_the_package_and_needs_torch_alone(tmp_path):
         ]
         archive.extractall(tmp_path / "installed")
     expected = {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src").rglob("*.py")}
+    expected |= {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src").rglob("native/*")}
     assert expected | {"efficient_attention/py.typed"} <= names
+    assert "efficient_attention/ops/native/operators.c" in names
     assert [r for r in requirements if "extra ==" not in r] == ["Requires-Dist: torch>=2.11"]
 
     code = (

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
         import_attention,
         masked,
     )
-    from .ops import Context, attend, dot_product_attention, efficient_attention, summarize
+    from .ops import (
+        Context,
+        attend,
+        build_native,
+        dot_product_attention,
+        efficient_attention,
+        summarize,
+    )
     from .planning import Plan, plan  # type: ignore[no-redef] # mypy knows the file plan.py by it
     from .surgery import Report, insert, remove, replace
 
@@ -47,6 +54,7 @@ __all__ = [
     "ViTEfficientAttention",
     "attend",
     "attend_tiles",
+    "build_native",
     "create_model",
     "dot_product_attention",
     "efficient_attention",

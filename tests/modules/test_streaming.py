@@ -32,6 +32,20 @@ def streams(function):
     return any("folded" in name for name in seen.names), result
 
 
+@pytest.mark.parametrize(
+    ("batch", "side", "order"),
+    [(1, 22, "linear"), (1, 23, "folded"), (2, 16, "linear"), (2, 17, "folded")],
+)
+def test_short_inputs_are_not_folded(batch, side, order):
+    module = ea.EfficientAttention2d(64, 32, 64, init="official")
+    x = torch.randn(batch, 64, side, side)
+    assert module.planned_order(x) == order
+    expected = module(x)
+    module.order = "folded"
+    assert module.planned_order(x) == "folded"
+    torch.testing.assert_close(module(x), expected)
+
+
 def official(kind=ea.EfficientAttention2d, dtype=torch.float64, **options):
     return kind(6, key_channels=4, value_channels=8, init="official", dtype=dtype, **options)
 
@@ -51,7 +65,8 @@ def feature_map(dtype=torch.float64):
     ],
 )
 @pytest.mark.parametrize("normalization", ["softmax", "scaling"])
-def test_every_module_streams_in_the_folded_order(kind, shape, normalization):
+def test_every_module_streams_in_the_folded_order(kind, shape, normalization, monkeypatch):
+    monkeypatch.setattr("efficient_attention.ops.planner.SHORT_POSITIONS", 0)
     module = official(kind, num_heads=2, normalization=normalization)
     x = torch.randn(shape, dtype=torch.float64)
     assert module.planned_order(x) == "folded"

@@ -40,7 +40,7 @@ def bad(function, *args, **kwargs):
         (
             bad(efficient_attention, Q, K, V, backend="cuda"),
             ValueError,
-            "backend must be one of 'auto', 'reference', 'blocked', 'triton'; got 'cuda'",
+            "backend must be one of 'auto', 'reference', 'blocked', 'native', 'triton'; got 'cuda'",
         ),
         (
             bad(efficient_attention, Q, K, V, order="quadratic", backend="blocked"),
@@ -65,7 +65,7 @@ def bad(function, *args, **kwargs):
         (
             bad(summarize, K, V, backend="x"),
             ValueError,
-            "backend must be one of 'auto', 'reference', 'blocked', 'triton'; got 'x'",
+            "backend must be one of 'auto', 'reference', 'blocked', 'native', 'triton'; got 'x'",
         ),
         (
             bad(attend, Q, CONTEXT, normalization=None),
@@ -75,7 +75,7 @@ def bad(function, *args, **kwargs):
         (
             bad(attend, Q, CONTEXT, backend="x"),
             ValueError,
-            "backend must be one of 'auto', 'reference', 'blocked', 'triton'; got 'x'",
+            "backend must be one of 'auto', 'reference', 'blocked', 'native', 'triton'; got 'x'",
         ),
         (
             bad(attend, Q, CONTEXT, num_groups=3),
@@ -286,3 +286,55 @@ def test_shapes_can_be_planned_on_the_meta_device():
     query, key, value = (x.to("meta") for x in make_inputs())
     for order in ("linear", "quadratic"):
         assert efficient_attention(query, key, value, order=order).shape == (2, 3, 37, 5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "blocked", "reference"])
+@pytest.mark.parametrize("order", ["auto", "linear", "quadratic"])
+@pytest.mark.parametrize("lengths", [(37, 53), (3, 4)])
+def test_results_are_written_to_memory_that_is_there(backend, order, lengths):
+    if (backend, order) == ("blocked", "quadratic"):
+        pytest.skip("it has one order")
+    query, key, value = make_inputs(2, 3, *lengths, 5, 5)
+    options = {"backend": backend, "order": order}
+    expected = efficient_attention(query, key, value, **options)
+    for out in (
+        torch.empty_like(query),
+        torch.empty(2, 3, 5, lengths[0], dtype=query.dtype).mT,
+        torch.empty(2, lengths[0], 3, 10, dtype=query.dtype)[..., ::2].transpose(1, 2),
+        query.clone(),
+    ):
+        returned = efficient_attention(query, key, value, out=out, **options)
+        assert returned is out
+        torch.testing.assert_close(out, expected)
+    assert efficient_attention(query, key, value, out=query, **options) is query
+    torch.testing.assert_close(query, expected)
+
+
+def test_attending_writes_to_memory_that_is_there_and_takes_no_other():
+    query, key, value = make_inputs(1, 2, 20_000, 300, 64, 64, dtype=torch.float32)
+    memory = summarize(key, value)
+    expected = attend(query, memory)
+    out = torch.empty_like(expected)
+    assert peak_bytes(lambda: attend(query, memory, out=out)) < 5_000_000 < out.nbytes
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("lengths", [(37, 53), (3, 4)])
+def test_memory_that_does_not_fit_is_refused(lengths):
+    query, key, value = make_inputs(2, 3, *lengths)
+    out = efficient_attention(query, key, value)
+    for wrong, message in (
+        (out.tolist(), "out must be a tensor"),
+        (out[:, :, :-1], "out must have shape"),
+        (out.float(), "out must have query's dtype"),
+        (out.to("meta"), "out must have query's dtype and device"),
+        (out.clone().requires_grad_(), "out must be None where gradients are recorded"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            efficient_attention(query, key, value, out=wrong)
+        with pytest.raises((TypeError, ValueError), match=message):
+            attend(query, summarize(key, value), out=wrong)
+    with pytest.raises(ValueError, match="out must be None where gradients are recorded"):
+        efficient_attention(query, key.requires_grad_(), value, out=out)
+    with torch.no_grad():
+        assert efficient_attention(query, key, value, out=out) is out

@@ -86,12 +86,16 @@ def test_what_is_not_right_is_left_to_whoever_says_so():
         efficient_attention(query, key, value, normalization="other")
 
 
-def test_long_problems_and_those_that_somebody_watches_are_left_alone():
+def test_long_problems_and_those_that_somebody_watches_are_left_alone(monkeypatch):
     inputs = make_inputs(1, 16, 8193, 8192, 32, 32, dtype=torch.float32)
     assert served(*inputs) is None
     inputs = make_inputs(1, 16, 8192, 8192, 32, 32, dtype=torch.float32)
     assert served(*inputs) is not None
     assert served(*make_inputs(1, 1, 8192, 8193, 32, 32, dtype=torch.float32)) is None
+    with monkeypatch.context() as patch:
+        patch.setattr("efficient_attention.ops.native_build.is_built", lambda: True)
+        assert served(*inputs) is None
+        assert served(*make_inputs(dtype=torch.float32)) is not None
     # With gradients what is kept counts.
     inputs[0].requires_grad_()
     assert served(*inputs) is None

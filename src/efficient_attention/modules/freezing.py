@@ -102,8 +102,8 @@ def _recorded(module: Plannable, calls: list[_Call]) -> Iterator[None]:
     # forward, summarize and attend all ask this method, and it knows which sides there are.
     resolve = module._resolve
 
-    def recording(queries: int | None, keys: int | None) -> str:
-        order = resolve(queries, keys)
+    def recording(queries: int | None, keys: int | None, **options: bool) -> str:
+        order = resolve(queries, keys, **options)
         calls.append(_Call(order, queries is not None, keys is not None))
         return order
 

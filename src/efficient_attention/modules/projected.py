@@ -7,7 +7,6 @@ value channels of all heads. Paper: Shen et al. 2021, Sec. 3.2 and Fig. 1.
 
 from __future__ import annotations
 
-import weakref
 from typing import ClassVar
 
 import torch
@@ -16,12 +15,20 @@ from torch import Tensor, nn
 from ..ops import Context, attend, dot_product_attention, efficient_attention, summarize
 from ..ops.arguments import check_option, check_size
 from ..ops.functional import NORMALIZATIONS, is_traced, serves_every_length
-from ..ops.planner import FOLDS_OUTPUT, FOLDS_VALUES, MODULE_ORDERS, Cost, cheapest, module_costs
+from ..ops.planner import (
+    FOLDS_OUTPUT,
+    FOLDS_VALUES,
+    MODULE_ORDERS,
+    Cost,
+    cheapest,
+    is_short,
+    module_costs,
+    quadratic_is_cheaper,
+)
 from .features import Features, Projection, coarsen
 from .folding import fold_output, fold_values, obstacle
+from .initialization import INITIALIZATIONS, start_at_zero
 from .streaming import can_stream, records_gradients, stream, takes
-
-INITIALIZATIONS = ("zero", "official")
 
 # A compiled or exported program serves every length: it is planned for one at which only the cost per position counts.
 _LONG = 1 << 40
@@ -85,20 +92,14 @@ class ProjectedAttention(nn.Module):
         self.values = features.build_projection(source_channels, value_channels, **options)
         self.reprojection = features.build_projection(value_channels, in_channels, **options)
         if init == "zero":
-            self._start_at_zero(self.reprojection)
+            start_at_zero(self.reprojection)
 
     def reset_parameters(self) -> None:
         """Initialize all parameters anew, as the constructor did."""
         for projection in (self.keys, self.queries, self.values, self.reprojection):
             projection.reset_parameters()
         if self.init == "zero":
-            self._start_at_zero(self.reprojection)
-
-    @staticmethod
-    def _start_at_zero(layer: Projection) -> None:
-        # Whoever resets all layers of a network comes to this one after us.
-        layer.reset_parameters = _Zeroing(layer)  # type: ignore[method-assign]
-        layer.reset_parameters()
+            start_at_zero(self.reprojection)
 
     def _with_residual(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y if self.residual else y
@@ -113,25 +114,6 @@ class ProjectedAttention(nn.Module):
         parts += [f"num_heads={self.num_heads}", f"normalization={self.normalization!r}"]
         parts += [f"residual={self.residual}", f"init={self.init!r}"]
         return ", ".join(parts)
-
-
-class _Zeroing:
-    """A ``reset_parameters`` for one layer, whose class stays that of PyTorch.
-
-    The layer is held weakly: in a cycle it would keep its memory until the next garbage collection.
-    """
-
-    def __init__(self, layer: nn.Module):
-        self._layer = weakref.ref(layer)
-
-    def __call__(self) -> None:
-        layer = self._layer()
-        assert layer is not None, "the layer calls its own attribute"
-        for parameter in layer.parameters():
-            nn.init.zeros_(parameter)
-
-    def __reduce__(self) -> tuple:
-        return _Zeroing, (self._layer(),)
 
 
 class DotProductModule(ProjectedAttention):
@@ -237,7 +219,12 @@ class EfficientModule(ProjectedAttention):
         queries = self._features.count(x)
         if isinstance(context, Context):
             return self._resolve(queries, None)
-        return self._resolve(queries, self._features.count(x if context is None else context))
+        keys = self._features.count(x if context is None else context)
+        return self._resolve(queries, keys, short=self._is_short(x, queries, keys))
+
+    def _is_short(self, x: Tensor, queries: int, keys: int) -> bool:
+        """Whether few plain operators are faster than any other way, on a CPU."""
+        return x.is_cpu and not serves_every_length() and is_short(len(x), max(queries, keys))
 
     def _run(self, x: Tensor, source: Tensor | Context, key_mask: Tensor | None) -> Tensor:
         features = self._features
@@ -258,20 +245,25 @@ class EfficientModule(ProjectedAttention):
         if source.shape[0] != x.shape[0]:
             raise ValueError(f"context must have B = {x.shape[0]}, as x; got {source.shape[0]}")
         order = self.planned_order(x, source)
-        if order == "quadratic":
-            return self._attend_quadratic(x, source, key_mask)
+        short = self._is_short(x, features.count(x), features.count(source))
+        if order == "quadratic" or (order == "linear" and short):
+            return self._attend_at_once(x, source, key_mask, order)
         if order == "folded" and can_stream(self) and takes(self, x) and takes(self, source):
             mask = self._key_mask(key_mask, source)
             return stream(self, x, source, mask, overwrite=overwrite)
         context = self._summarize(source, key_mask, order in FOLDS_VALUES)
         return self._attend(x, context, order in FOLDS_OUTPUT)
 
-    def _resolve(self, queries: int | None, keys: int | None) -> str:
+    def _resolve(self, queries: int | None, keys: int | None, *, short: bool = False) -> str:
         """The order of a call: the one that was named, or the cheapest that nobody would notice.
 
-        A side that is None comes in another call, and is taken to be as long as the one at hand.
+        A side that is None comes in another call, and is taken to be as long as the one at hand. Nothing is folded if
+        the call is short: what that saves in arithmetic, it loses in operators that have to be started.
         """
         check_option("order", self.order, self._orders)
+        if short and self.order == "auto" and queries is not None and keys is not None:
+            head = self.key_channels // self.num_heads, self.value_channels // self.num_heads
+            return "quadratic" if quadratic_is_cheaper(queries, keys, *head) else "linear"
         obstacles = self._folding_obstacles()
         if queries is None or keys is None:
             obstacles["quadratic"] = "it has no context, but needs queries and keys together"
@@ -352,7 +344,10 @@ class EfficientModule(ProjectedAttention):
         attended = attend(query, context, normalization=self.normalization)
         return self._features.join(attended, like=x)
 
-    def _attend_quadratic(self, x: Tensor, source: Tensor, key_mask: Tensor | None) -> Tensor:
+    def _attend_at_once(
+        self, x: Tensor, source: Tensor, key_mask: Tensor | None, order: str
+    ) -> Tensor:
+        """Queries, keys and values together, without a context in between."""
         features = self._features
         attended = efficient_attention(
             features.split(self.queries(x), self.num_heads),
@@ -360,7 +355,7 @@ class EfficientModule(ProjectedAttention):
             features.split(self.values(source), self.num_heads),
             key_mask=self._key_mask(key_mask, source),
             normalization=self.normalization,
-            order="quadratic",
+            order=order,
         )
         attended = self._with_key_bias(attended)
         return self._with_residual(x, self.reprojection(features.join(attended, like=x)))

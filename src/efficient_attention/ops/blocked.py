@@ -152,9 +152,18 @@ def summarize_backward(
     return d_key, d_value
 
 
-def attend(query: Tensor, mean: Tensor, normalization: str, num_groups: int) -> Tensor:
-    """``rho_q(Q) C`` for a context C, ``[B, H, N, Dv]``; queries normalized within groups of channels."""
-    output = empty_output(query, mean.shape[-1])
+def attend(
+    query: Tensor,
+    mean: Tensor,
+    normalization: str,
+    num_groups: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``rho_q(Q) C`` for a context C, ``[B, H, N, Dv]``; queries normalized within groups of channels.
+
+    ``out`` may be the query: a block is read before it is written.
+    """
+    output = empty_output(query, mean.shape[-1]) if out is None else out
     mean = mean.to(product_dtype(query.dtype))
     tiles = _walk(query, mean.shape[-1])
     pages = Pages(query, tiles, query.shape[-1])

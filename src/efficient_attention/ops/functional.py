@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import blocked, library, plain, reference
+from . import blocked, library, native_launch, plain, reference
 from .arguments import (
     canonical_mask,
     check_attention_shapes,
@@ -30,9 +31,9 @@ from .precision import DTYPES, accumulation_dtype, autocast_is_on
 __all__ = ["attend", "dot_product_attention", "efficient_attention", "summarize"]
 
 NORMALIZATIONS = ("softmax", "scaling")
-BACKENDS = ("auto", "reference", "blocked", "triton")
+BACKENDS = ("auto", "reference", "blocked", "native", "triton")
 # They have one order, the linear one.
-LINEAR_BACKENDS = ("blocked", "triton")
+LINEAR_BACKENDS = ("blocked", "native", "triton")
 
 
 def efficient_attention(
@@ -44,6 +45,7 @@ def efficient_attention(
     normalization: str = "softmax",
     order: str = "auto",
     backend: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Global attention with memory and time linear in the number of positions: ``rho_q(Q) (rho_k(K)^T V)``.
 
@@ -62,12 +64,17 @@ def efficient_attention(
         order: ``"linear"``, ``"quadratic"`` (``(rho_q(Q) rho_k(K)^T) V``, the same values, cheaper for fewer than
             about ``2 Dk Dv / (Dk + Dv)`` positions) or ``"auto"``: the one with fewer multiply-adds. A program that
             is compiled, exported or traced serves every length, so ``"auto"`` is ``"linear"`` there.
-        backend: ``"triton"`` (one pass over memory, on NVIDIA GPUs), ``"blocked"`` (bounded memory, any device),
-            ``"reference"`` (the plain equations) or ``"auto"``: what serves the tensors best; second derivatives,
-            forward mode and ``torch.func`` always work.
+        backend: ``"triton"`` (one pass over memory, on NVIDIA GPUs), ``"native"`` (one pass, on CPUs, by kernels that
+            the C compiler of the machine makes when they are first named: :func:`build_native`), ``"blocked"``
+            (bounded memory, any device), ``"reference"`` (the plain equations) or ``"auto"``: what serves the tensors
+            best; second derivatives, forward mode and ``torch.func`` always work.
+        out: where to write the result, ``[B, H, N, Dv]``, dtype and device of ``query``, any strides: memory that is
+            there already, such as that of the last call, or ``query`` itself. Other inputs must not overlap with it,
+            and no gradients are recorded.
 
     Returns:
-        ``[B, H, N, Dv]`` in ``query.dtype``. Sums are kept in float32 (float64 for float64 inputs).
+        ``[B, H, N, Dv]`` in ``query.dtype``, ``out`` if it was given. Sums are kept in float32 (float64 for float64
+        inputs).
 
     Raises:
         TypeError: an argument is not a tensor, or has an unsupported dtype.
@@ -85,13 +92,17 @@ def efficient_attention(
     if key_mask is None and backend == "auto":
         output = plain.efficient_attention(query, key, value, normalization, order)
         if output is not None:
-            return output
+            if out is None:
+                return output
+            return _checked(out, query, value.shape[3], key, value).copy_(output)
     check_option("order", order, ("auto", *OPERATOR_ORDERS))
     check_option("backend", backend, BACKENDS)
     check_option("normalization", normalization, NORMALIZATIONS)
     query, key, value = _autocast(query, key, value)
     check_attention_shapes(query, key, value)
     mask = canonical_mask(key_mask, key)
+    if out is not None:
+        _checked(out, query, value.shape[3], key, value)
     if order == "auto":
         order = "linear"
         if backend not in LINEAR_BACKENDS:
@@ -105,14 +116,14 @@ def efficient_attention(
     if order == "linear":
         run_summarize, run_attend = _operators(backend, query, key, value)
         mean, *_ = run_summarize(key, value, mask, normalization)
-        return run_attend(query, mean, normalization, 1)
+        return _into(out, run_attend, query, mean, normalization, 1)
     if backend in LINEAR_BACKENDS:
         raise NotImplementedError(
             f"backend={backend!r} computes order='linear' only; for order='quadratic' use backend='auto'"
         )
     itemsize = accumulation_dtype(query.dtype).itemsize
     refuse_impossible_map(query, key, itemsize=itemsize, way_out="Use order='linear'")
-    return reference.quadratic(query, key, value, mask, normalization)
+    return _into(out, reference.quadratic, query, key, value, mask, normalization)
 
 
 def summarize(
@@ -167,6 +178,7 @@ def attend(
     normalization: str = "softmax",
     num_groups: int = 1,
     backend: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Let queries attend to a context: ``rho_q(Q) C``, in one pass over the queries.
 
@@ -177,9 +189,10 @@ def attend(
         num_groups: the softmax runs within each of this many equal groups of a query's channels. With the contexts
             of G heads stacked along Dk this returns the sum of the heads' outputs, without ever holding them apart.
         backend: as in :func:`efficient_attention`.
+        out: where to write the result, as in :func:`efficient_attention`.
 
     Returns:
-        ``[B, H, N, Dv]`` in ``query.dtype``.
+        ``[B, H, N, Dv]`` in ``query.dtype``, ``out`` if it was given.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as :func:`efficient_attention`.
@@ -214,8 +227,10 @@ def attend(
     check_size("num_groups", num_groups)
     if query.shape[-1] % num_groups:
         raise ValueError(f"num_groups must divide query's Dk = {query.shape[-1]}; got {num_groups}")
+    if out is not None:
+        _checked(out, query, mean.shape[3], mean)
     _, run = _operators(backend, query, mean)
-    return run(query, mean, normalization, num_groups)
+    return _into(out, run, query, mean, normalization, num_groups)
 
 
 def dot_product_attention(
@@ -326,9 +341,10 @@ def _operators(backend: str, *tensors: Tensor) -> tuple[Callable, Callable]:
     """The ``summarize`` and ``attend`` that serve the call; an error if a backend was named that cannot."""
     if backend == "reference":
         return reference.summarize, reference.attend
-    if backend != "triton" and plain.nobody_watches(*tensors):
+    if backend in ("auto", "blocked") and plain.nobody_watches(*tensors):
         # What the dispatcher would come to.
-        return blocked.summarize, blocked.attend
+        implementation = library.on_cpu(tensors[0]) if backend == "auto" else blocked
+        return implementation.summarize, implementation.attend
     reason = library.serves_plain_tensors_only()
     if reason is not None and backend != "auto":
         raise NotImplementedError(f"backend={backend!r}: {reason}; use backend='auto'")
@@ -338,6 +354,26 @@ def _operators(backend: str, *tensors: Tensor) -> tuple[Callable, Callable]:
         return reference.summarize, reference.attend
     named = {"backend": backend}
     return partial(library.summarize, **named), partial(library.attend, **named)
+
+
+def _checked(out: Tensor, query: Tensor, value_channels: int, *others: Tensor) -> Tensor:
+    """``out``, if it can take the result."""
+    check_tensor("out", out)
+    check_like("out", out, "query", query)
+    sizes = (*query.shape[:3], value_channels)
+    check_shape("out", out, sizes, "[B, H, N, Dv]", "the result's B, H, N, Dv")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, query, *others)):
+        raise ValueError("out must be None where gradients are recorded; got a tensor")
+    return out
+
+
+def _into(out: Tensor | None, run: Callable, *args: Any) -> Tensor:
+    """The result of an implementation, written to ``out`` if there is any."""
+    if out is None:
+        return run(*args)
+    if run in (blocked.attend, native_launch.attend):
+        return run(*args, out=out)
+    return out.copy_(run(*args))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

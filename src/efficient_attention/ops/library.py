@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocked, reference, streamed
+from . import blocked, native_launch, reference, streamed
 from .flops import register_when_counting
 from .layout import empty_gradient, empty_output
 from .precision import accumulation_dtype, without_autocast
@@ -72,8 +72,12 @@ def serves_plain_tensors_only() -> str | None:
     return None
 
 
-def _why_not_triton(x: Tensor, value_channels: int, num_groups: int) -> str | None:
-    """Why the Triton kernels cannot serve queries or keys ``x [B, H, N, Dk]``, or ``None`` if they can."""
+def _why_not(backend: str, x: Tensor, value_channels: int, num_groups: int) -> str | None:
+    """Why a backend cannot serve queries or keys ``x [B, H, N, Dk]``, or ``None`` if it can."""
+    if backend == "blocked":
+        return None
+    if backend == "native":
+        return native_launch.why_not(x)
     return _why_not_on(x.device) or why_not(x.dtype, x.shape[-1], value_channels, num_groups)
 
 
@@ -96,6 +100,8 @@ def _why_not_on(device: torch.device) -> str | None:
 def _implementation(backend: str) -> ModuleType:
     if backend == "blocked":
         return blocked
+    if backend == "native":
+        return native_launch
     # Imports triton, which is optional and slow to load.
     from . import triton_launch
 
@@ -111,6 +117,11 @@ _SIZES: dict[str, Callable[..., tuple[Tensor, Tensor, int]]] = {
 }
 
 
+def on_cpu(x: Tensor) -> ModuleType:
+    """The implementation that ``"auto"`` is on a CPU, for queries or keys ``x [B, H, N, Dk]``."""
+    return native_launch if native_launch.is_preferred(x) else blocked
+
+
 def _by(automatic: str, name: str) -> Callable:
     """An operator by the backend that is named; for ``"auto"`` by ``automatic`` where that serves the call.
 
@@ -120,10 +131,12 @@ def _by(automatic: str, name: str) -> Callable:
     @functools.wraps(getattr(blocked, name))
     def run(*args: Any, backend: str = "auto") -> Any:
         x, other, num_groups = _SIZES[name](*args)
-        chosen = automatic if backend == "auto" else backend
-        if chosen == "triton" and (reason := _why_not_triton(x, other.shape[-1], num_groups)):
-            if backend == "triton":
-                raise NotImplementedError(f"backend='triton': {reason}; use backend='auto'")
+        chosen = backend
+        if backend == "auto":
+            chosen = "native" if native_launch.is_preferred(x) else automatic
+        if reason := _why_not(chosen, x, other.shape[-1], num_groups):
+            if backend == chosen:
+                raise NotImplementedError(f"backend={backend!r}: {reason}; use backend='auto'")
             chosen = "blocked"
         with without_autocast(x.device):
             return getattr(_implementation(chosen), name)(*args)
@@ -161,20 +174,8 @@ def _(key, value, key_mask, normalization, *, backend="auto"):
 
 
 @torch.library.register_fake("efficient_attention::summarize_backward", lib=_LIBRARY)
-def _(
-    d_mean,
-    d_log_weight,
-    key,
-    value,
-    key_mask,
-    mean,
-    shift,
-    total,
-    normalization,
-    needs,
-    *,
-    backend="auto",
-):
+def _(d_mean, d_log_weight, key, value, *others, backend="auto"):
+    needs = others[-1]
     return empty_gradient(key, needs[0]), empty_gradient(value, needs[1])
 
 

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import native_launch
 from .layout import is_channel_major, is_token_major
 from .planner import plain_is_cheaper, quadratic_is_cheaper
 from .precision import DTYPES, product_dtype
@@ -91,6 +92,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
             channels,
             product_dtype(dtype).itemsize,
             kept=_records(query, key, value),
+            fused=native_launch.is_preferred(query),
         )
     )
 

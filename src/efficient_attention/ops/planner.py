@@ -34,8 +34,13 @@ SHORTEST_BLOCK = 256
 # gradients they are kept, one pair for each layer of a network, and blocks pay sooner.
 PLAIN_BYTES = 32 << 20
 PLAIN_BYTES_KEPT = 8 << 20
+# The same where one kernel does what takes many operators on blocks.
+PLAIN_BYTES_FUSED = 3 << 20
 # Longer sums are taken in blocks in any case, for their rounding.
 PLAIN_KEYS = 8192
+
+# Up to so many positions, of all samples, a module on a CPU folds no projections: starting operators costs more.
+SHORT_POSITIONS = 512
 
 # Beside a mean: its log_weight, and the largest key and the sum relative to it for the backward pass.
 _CONTEXT_WEIGHTS = 3
@@ -243,11 +248,27 @@ def quadratic_is_cheaper(queries: int, keys: int, key_channels: int, value_chann
 
 
 def plain_is_cheaper(
-    maps: int, queries: int, keys: int, key_channels: int, itemsize: int, *, kept: bool
+    maps: int,
+    queries: int,
+    keys: int,
+    key_channels: int,
+    itemsize: int,
+    *,
+    kept: bool,
+    fused: bool,
 ) -> bool:
-    """Whether few plain operators are faster than blocks, for so many maps (batch times heads)."""
+    """Whether few plain operators are faster than blocks, for so many maps (batch times heads).
+
+    ``kept``: for a backward pass; ``fused``: one kernel computes the blocks.
+    """
     weights = maps * (queries + keys) * key_channels * itemsize
-    return keys <= PLAIN_KEYS and weights <= (PLAIN_BYTES_KEPT if kept else PLAIN_BYTES)
+    limit = PLAIN_BYTES_FUSED if fused else PLAIN_BYTES_KEPT if kept else PLAIN_BYTES
+    return keys <= PLAIN_KEYS and weights <= limit
+
+
+def is_short(batch: int, positions: int) -> bool:
+    """Whether a module on a CPU gains more from few operators than from folding."""
+    return batch * positions <= SHORT_POSITIONS
 
 
 def block_length(channels: int, itemsize: int) -> int:

@@ -1,0 +1,178 @@
+/* Blocks of float32 in the first cache, and how they are copied from tensors and back.
+ *
+ * Nothing but the copies knows strides, dtypes, masks and ragged ends.
+ */
+#ifndef BLOCKS_H
+#define BLOCKS_H
+
+#include <string.h>
+
+#include "vectors.h"
+
+/* Positions of a block. */
+enum { BLOCK = 64 };
+
+/* Sizes of a problem, and what is asked for; as in native_launch.py. */
+typedef struct {
+    int64_t batch, heads, positions, key_channels, value_channels, groups;
+    int32_t bfloat16, softmax, stream, threads;
+} Problem;
+
+/* Memory of [batch, heads, positions, channels], and its strides in elements; no memory where there is no tensor. */
+typedef struct {
+    char *data;
+    int64_t batch, head, position, channel;
+} View;
+
+/* A matrix in a tensor: `down` is from row to row, in elements of `size` bytes, and `across` from column to column. */
+typedef struct {
+    char *data;
+    int64_t rows, columns, down, across, size;
+} Matrix;
+
+/* A matrix [rows, columns] in the cache, padded so that both fill whole vectors and tiles. */
+typedef struct {
+    float *data;
+    int64_t rows, columns;
+} Block;
+
+/* Some of the positions. */
+typedef struct {
+    int64_t start, count;
+} Span;
+
+INLINE int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+
+/* The next piece of scratch memory. */
+INLINE Block take(float **scratch, int64_t rows, int64_t columns) {
+    Block block = {*scratch, rows, columns};
+    *scratch += rows * columns;
+    return block;
+}
+
+INLINE float *row_of(Block block, int64_t row) { return block.data + row * block.columns; }
+
+/* [positions, channels] of one head. */
+INLINE Matrix head_of(const View *x, int64_t batch, int64_t head, int64_t channels, const Problem *p) {
+    const int64_t size = p->bfloat16 ? 2 : 4;
+    char *data = x->data ? x->data + (batch * x->batch + head * x->head) * size : NULL;
+    return (Matrix){data, p->positions, channels, x->position, x->channel, size};
+}
+
+/* A byte for each position of one head. */
+INLINE Matrix mask_of(const View *mask, int64_t batch, int64_t head) {
+    char *data = mask->data ? mask->data + batch * mask->batch + head * mask->head : NULL;
+    return (Matrix){.data = data, .columns = 1, .down = mask->position, .size = 1};
+}
+
+/* Contiguous float32. */
+INLINE Matrix matrix(const float *data, int64_t rows, int64_t columns) {
+    return (Matrix){(char *)data, rows, columns, columns, 1, 4};
+}
+
+INLINE Matrix flipped(Matrix x) { return (Matrix){x.data, x.columns, x.rows, x.across, x.down, x.size}; }
+
+INLINE Matrix rows_in(Matrix x, Span n) {
+    return (Matrix){x.data + n.start * x.down * x.size, n.count, x.columns, x.down, x.across, x.size};
+}
+
+INLINE char *at(Matrix x, int64_t row, int64_t column) {
+    return x.data + (row * x.down + column * x.across) * x.size;
+}
+
+INLINE float element(const char *p, int64_t size) {
+    char bytes[4] = {0};
+    memcpy(bytes + 4 - size, p, size); /* a bfloat16 is the first half of a float32, which comes last */
+    float x;
+    memcpy(&x, bytes, 4);
+    return x;
+}
+
+INLINE void set_element(char *p, float x, int64_t size) {
+    half low = narrowed(SPLAT(x));
+    memcpy(p, size == 4 ? (void *)&x : (void *)&low, size);
+}
+
+INLINE vec vector(const char *p, int64_t size) {
+    return size == 4 ? LOAD((const float *)p) : widened(LOAD_HALF(p));
+}
+
+INLINE void set_vector(char *p, vec x, int64_t size, int stream) {
+    if (size == 4 && stream) STREAM((float *)p, x);
+    if (size == 4 && !stream) STORE((float *)p, x);
+    if (size == 2 && stream) STREAM_HALF(p, narrowed(x));
+    if (size == 2 && !stream) STORE_HALF(p, narrowed(x));
+}
+
+/* block = source, and `fill` around it. */
+INLINE void load(Block block, Matrix source, float fill) {
+    const int64_t size = source.size;
+    int64_t columns = 0, rows = 0; /* that go by whole vectors */
+    if (source.across == 1) {
+        columns = source.columns / LANES * LANES, rows = source.rows;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < columns; c += LANES) STORE(row_of(block, r) + c, vector(at(source, r, c), size));
+    } else if (source.down == 1) {
+        columns = source.columns / LANES * LANES, rows = source.rows / LANES * LANES;
+        for (int64_t c = 0; c < columns; c += LANES)
+            for (int64_t r = 0; r < rows; r += LANES) {
+                vec x[LANES];
+                UNROLL for (int i = 0; i < LANES; i++) x[i] = vector(at(source, r, c + i), size);
+                transpose(x);
+                UNROLL for (int i = 0; i < LANES; i++) STORE(row_of(block, r + i) + c, x[i]);
+            }
+    }
+    if (rows == block.rows && columns == block.columns) return;
+    for (int64_t r = 0; r < source.rows; r++) {
+        float *row = row_of(block, r);
+        for (int64_t c = r < rows ? columns : 0; c < source.columns; c++) row[c] = element(at(source, r, c), size);
+        for (int64_t c = source.columns; c < block.columns; c++) row[c] = fill;
+    }
+    for (float *x = row_of(block, source.rows); x < row_of(block, block.rows); x++) *x = fill;
+}
+
+/* target = what of a block is not padding; `stream`: past the caches, where whole vectors lie at natural addresses. */
+INLINE void store(Block block, Matrix target, int stream) {
+    const int64_t size = target.size, apart = target.across == 1 ? target.down : target.across;
+    int64_t columns = 0, rows = 0; /* that go by whole vectors */
+    stream = stream && ((uintptr_t)target.data | (uintptr_t)(apart * size)) % (LANES * size) == 0;
+    if (target.across == 1) {
+        columns = target.columns / LANES * LANES, rows = target.rows;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < columns; c += LANES)
+                set_vector(at(target, r, c), LOAD(row_of(block, r) + c), size, stream);
+    } else if (target.down == 1) {
+        columns = target.columns / LANES * LANES, rows = target.rows / LANES * LANES;
+        for (int64_t c = 0; c < columns; c += LANES)
+            for (int64_t r = 0; r < rows; r += LANES) {
+                vec x[LANES];
+                UNROLL for (int i = 0; i < LANES; i++) x[i] = LOAD(row_of(block, r + i) + c);
+                transpose(x);
+                UNROLL for (int i = 0; i < LANES; i++) set_vector(at(target, r, c + i), x[i], size, stream);
+            }
+    }
+    if (rows == target.rows && columns == target.columns) return;
+    for (int64_t r = 0; r < target.rows; r++)
+        for (int64_t c = r < rows ? columns : 0; c < target.columns; c++)
+            set_element(at(target, r, c), row_of(block, r)[c], size);
+}
+
+/* Rows of masked positions become `fill`; they may hold anything, NaN included. */
+INLINE void silence(Block block, Matrix mask, Span n, float fill) {
+    if (!mask.data) return;
+    for (int64_t r = 0; r < n.count; r++)
+        if (!mask.data[(n.start + r) * mask.down])
+            for (int64_t c = 0; c < block.columns; c++) row_of(block, r)[c] = fill;
+}
+
+/* Ask for what step i of `steps` should of the block of positions behind n, to be there when its turn comes. */
+INLINE void fetch(Matrix x, Span n, int64_t i, int64_t steps) {
+    if (!x.data) return;
+    Matrix next = rows_in(x, (Span){n.start + BLOCK, BLOCK});
+    if (next.across != 1 && next.down == 1) next = flipped(next);
+    for (int64_t r = next.rows * i / steps; r < next.rows * (i + 1) / steps; r++)
+        for (int64_t byte = 0; byte < next.columns * next.size; byte += 64)
+            _mm_prefetch(at(next, r, 0) + byte, _MM_HINT_T1);
+}
+
+#endif

@@ -1,0 +1,113 @@
+/* Vectors of LANES float32, the largest that the processor has, and what is computed with them.
+ *
+ * The file is compiled on the machine on which it runs, so that its instructions are a question for the preprocessor.
+ */
+#ifndef VECTORS_H
+#define VECTORS_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* A tile of a product has ROWS x VECTORS vectors of sums, which fit the registers (products.h). */
+#ifdef __AVX512F__
+enum { LANES = 16, ROWS = 8, VECTORS = 2 };
+typedef __m512 vec;
+typedef __m256i half; /* LANES bfloat16 */
+#define LOAD(p) _mm512_loadu_ps(p)
+#define STORE(p, x) _mm512_storeu_ps(p, x)
+#define STREAM(p, x) _mm512_stream_ps(p, x)
+#define LOAD_HALF(p) _mm256_loadu_si256((const half *)(p))
+#define STORE_HALF(p, x) _mm256_storeu_si256((half *)(p), x)
+#define STREAM_HALF(p, x) _mm256_stream_si256((half *)(p), x)
+#define SPLAT(x) _mm512_set1_ps(x)
+#define MAX(a, b) _mm512_max_ps(a, b) /* b if either is NaN */
+#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define EXTENDED(x) _mm512_cvtepu16_epi32(x)
+#define LOWER_HALVES(x) _mm512_cvtepi32_epi16((__m512i)(x))
+/* Lane i of a, or lane i - LANES of b. */
+#define PICK(a, b, index) _mm512_permutex2var_ps(a, (__m512i)(index), b)
+#else
+enum { LANES = 8, ROWS = 4, VECTORS = 2 };
+typedef __m256 vec;
+typedef __m128i half;
+#define LOAD(p) _mm256_loadu_ps(p)
+#define STORE(p, x) _mm256_storeu_ps(p, x)
+#define STREAM(p, x) _mm256_stream_ps(p, x)
+#define LOAD_HALF(p) _mm_loadu_si128((const half *)(p))
+#define STORE_HALF(p, x) _mm_storeu_si128((half *)(p), x)
+#define STREAM_HALF(p, x) _mm_stream_si128((half *)(p), x)
+#define SPLAT(x) _mm256_set1_ps(x)
+#define MAX(a, b) _mm256_max_ps(a, b)
+#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define EXTENDED(x) _mm256_cvtepu16_epi32(x)
+#define LOWER_HALVES(x)                                                                                  \
+    _mm_packus_epi32(_mm256_castsi256_si128((__m256i)(x)), _mm256_extracti128_si256((__m256i)(x), 1))
+#define PICK(a, b, index)                                                                                \
+    _mm256_blendv_ps(_mm256_permutevar8x32_ps(a, (__m256i)(index)),                                      \
+                     _mm256_permutevar8x32_ps(b, (__m256i)(index)), (vec)((index) << 28))
+#endif
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+
+/* x 2^n for integers n, which are also the last bits of `shifted`; 0 below about the smallest normal number. */
+INLINE vec scaled(vec x, vec n, vec shifted) {
+#ifdef __AVX512F__
+    (void)shifted;
+    return _mm512_scalef_ps(x, n);
+#else
+    return (vec)(((uvec)x + ((uvec)shifted << 23)) & ~(uvec)(n < SPLAT(-126.0f)));
+#endif
+}
+
+/* exp(x) for x <= 0, to 1e-7 of its value; NaN for NaN. */
+INLINE vec exponential(vec x) {
+    const vec shifter = SPLAT(12582912.0f); /* 1.5 * 2^23: rounds to an integer */
+    x = MAX(SPLAT(-150.0f), x);
+    vec shifted = FMA(x, SPLAT(1.44269504f), shifter), n = shifted - shifter;
+    /* x - n log(2), in two parts of which the first has few digits, so that its multiples are exact. */
+    vec r = FMA(n, SPLAT(2.12194440e-4f), FMA(n, SPLAT(-0.693359375f), x));
+    /* The series of exp, its last coefficients fitted to |r| <= log(2) / 2. */
+    vec p = FMA(r, SPLAT(1.9875691500e-4f), SPLAT(1.3981999507e-3f));
+    p = FMA(p, r, SPLAT(8.3334519073e-3f));
+    p = FMA(p, r, SPLAT(4.1665795894e-2f));
+    p = FMA(p, r, SPLAT(1.6666665459e-1f));
+    p = FMA(p, r, SPLAT(5.0000001201e-1f));
+    return scaled(FMA(p, r * r, r + SPLAT(1.0f)), n, shifted);
+}
+
+/* The nearest bfloat16, ties to even; NaN for NaN. */
+INLINE half narrowed(vec x) {
+#ifdef __AVX512BF16__
+    return (half)_mm512_cvtneps_pbh(x);
+#else
+    uvec bits = (uvec)x, nan = (uvec)(x != x);
+    uvec nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return LOWER_HALVES((nearest & ~nan) | (nan & 0x7fc0));
+#endif
+}
+
+INLINE vec widened(half x) { return (vec)((uvec)EXTENDED(x) << 16); }
+
+/* Words of which the first half is of `first`, and the second of `second`. */
+INLINE vec paired(half first, half second) { return (vec)((uvec)EXTENDED(first) | (uvec)EXTENDED(second) << 16); }
+
+/* Rows of a matrix [LANES, LANES] become its columns: ever larger blocks beside the diagonal change places. */
+INLINE void transpose(vec x[LANES]) {
+    uvec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    UNROLL for (int size = 1; size < LANES; size *= 2) {
+        uvec second = (uvec)((lane & size) != 0);
+        uvec to_first = (lane & ~second) | ((lane - size + LANES) & second);
+        uvec to_second = ((lane + size) & ~second) | ((lane + LANES) & second);
+        UNROLL for (int i = 0; i < LANES; i++) {
+            if (i & size) continue;
+            vec a = x[i], b = x[i + size];
+            x[i] = PICK(a, b, to_first);
+            x[i + size] = PICK(a, b, to_second);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,146 @@
+/* Work in parallel: chunks of the positions of one head, whose contexts are added pairwise.
+ *
+ * So neither what is computed nor its rounding depends on the number of threads.
+ */
+#ifndef WORK_H
+#define WORK_H
+
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+
+#include "products.h"
+
+/* Positions of a chunk, and how many of its blocks are summed before they are added to those before: rounding grows
+ * with the length of a sum. */
+enum { CHUNK = 2048, RUN = 4 };
+
+/* The arguments of an operator; those that it does not take are zero. */
+typedef struct {
+    const Problem *p;
+    View key, value, mask, query, d_output, output, d_query, d_key, d_value;
+    const float *mean, *shift, *correction;
+    float *partials;
+    int64_t chunks; /* of each head */
+} Call;
+
+typedef void (*Work)(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch);
+
+INLINE int64_t chunks_of(const Problem *p) { return (p->positions + CHUNK - 1) / CHUNK; }
+
+/* Block i of a chunk; empty behind the last. */
+INLINE Span block_in(const Problem *p, int64_t chunk, int64_t i) {
+    int64_t start = chunk * CHUNK + i * BLOCK, left = p->positions - start;
+    if (i * BLOCK >= CHUNK || left < 0) left = 0;
+    return (Span){start, left < BLOCK ? left : BLOCK};
+}
+
+/* ROWS of the positions of a block, from `first` on. */
+INLINE Span rows_of(Span n, int64_t first) {
+    int64_t left = n.count - first;
+    return (Span){n.start + first, left < ROWS ? left : ROWS};
+}
+
+/* `work` on every chunk of every head, each thread with scratch memory of its own; 1 if there is no memory. */
+static int for_chunks(const Call *call, Work work, int64_t scratch_floats) {
+    const Problem *p = call->p;
+    int failed = 0;
+#pragma omp parallel num_threads(p->threads)
+    {
+        float *scratch = aligned_alloc(64, (size_t)(scratch_floats * 4 + 63) / 64 * 64);
+        if (!scratch) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < p->batch * p->heads * call->chunks; i++) {
+            int64_t head = i / call->chunks;
+            if (scratch) work(call, head / p->heads, head % p->heads, i % call->chunks, scratch);
+        }
+        _mm_sfence(); /* what went past the caches is there for whoever reads it next */
+        free(scratch);
+    }
+    return failed;
+}
+
+/* A context in the making: sums [padded(Dk), padded(Dv)] of weighted values, and shift and total [padded(Dk)]. */
+typedef struct {
+    Block sums;
+    float *shift, *total;
+} Partial;
+
+INLINE int64_t partial_floats(const Problem *p) {
+    return padded(p->key_channels) * (padded(p->value_channels) + 2);
+}
+
+INLINE Partial take_partial(float **scratch, const Problem *p) {
+    const int64_t width = padded(p->key_channels);
+    const Block sums = take(scratch, width, padded(p->value_channels));
+    const Block shift = take(scratch, 1, width), total = take(scratch, 1, width);
+    return (Partial){sums, shift.data, total.data};
+}
+
+/* That of a chunk. */
+INLINE Partial partial_of(const Call *call, int64_t head, int64_t chunk) {
+    float *data = call->partials + (head * call->chunks + chunk) * partial_floats(call->p);
+    return take_partial(&data, call->p);
+}
+
+/* Nothing, relative to the lowest number under softmax: where no key has any weight, -inf - -inf would be NaN. */
+INLINE void clear(Partial x, int softmax) {
+    memset(x.sums.data, 0, x.sums.rows * x.sums.columns * 4);
+    memset(x.total, 0, x.sums.rows * 4);
+    for (int64_t c = 0; c < x.sums.rows; c++) x.shift[c] = softmax ? -FLT_MAX : 0.0f;
+}
+
+/* a += b, relative to the largest key of both. */
+static void merge(Partial a, Partial b) {
+    for (int64_t c = 0; c < a.sums.rows; c++) {
+        float shift = a.shift[c] > b.shift[c] ? a.shift[c] : b.shift[c];
+        float of_a = a.shift[c] == shift ? 1.0f : expf(a.shift[c] - shift);
+        float of_b = b.shift[c] == shift ? 1.0f : expf(b.shift[c] - shift);
+        float *to = row_of(a.sums, c), *from = row_of(b.sums, c);
+        for (int64_t e = 0; e < a.sums.columns; e++) to[e] = to[e] * of_a + from[e] * of_b;
+        a.total[c] = a.total[c] * of_a + b.total[c] * of_b;
+        a.shift[c] = shift;
+    }
+}
+
+/* whole += run after block i of a chunk, if the run or the chunk ends there; the next is relative to the same keys. */
+static void end_run(Partial whole, Partial run, const Problem *p, int64_t chunk, int64_t i) {
+    if ((i + 1) % RUN != 0 && block_in(p, chunk, i + 1).count) return;
+    merge(whole, run);
+    clear(run, 0);
+    memcpy(run.shift, whole.shift, run.sums.rows * 4);
+}
+
+/* The context of every head from those of its chunks, as a balanced tree. */
+static void gather(const Call *call, float *sums, float *shift, float *total) {
+    const Problem *p = call->p;
+    const int64_t channels = p->key_channels;
+#pragma omp parallel for num_threads(p->threads)
+    for (int64_t head = 0; head < p->batch * p->heads; head++) {
+        for (int64_t apart = 1; apart < call->chunks; apart *= 2)
+            for (int64_t a = 0; a + apart < call->chunks; a += 2 * apart)
+                merge(partial_of(call, head, a), partial_of(call, head, a + apart));
+        Partial whole = partial_of(call, head, 0);
+        for (int64_t c = 0; c < channels; c++)
+            memcpy(sums + (head * channels + c) * p->value_channels, row_of(whole.sums, c), p->value_channels * 4);
+        if (shift) memcpy(shift + head * channels, whole.shift, channels * 4);
+        if (total) memcpy(total + head * channels, whole.total, channels * 4);
+    }
+}
+
+/* `for_chunks` with a Partial for each, at least one a head, and what they come to; 1 if there is no memory. */
+static int for_partials(Call *call, Work work, int64_t scratch_floats, float *sums, float *shift, float *total) {
+    const Problem *p = call->p;
+    call->chunks = p->positions ? chunks_of(p) : 1;
+    call->partials = malloc((size_t)(p->batch * p->heads * call->chunks * partial_floats(p) + 1) * 4);
+    if (!call->partials) return 1;
+    int failed = for_chunks(call, work, scratch_floats);
+    if (!failed) gather(call, sums, shift, total);
+    free(call->partials);
+    return failed;
+}
+
+#endif
