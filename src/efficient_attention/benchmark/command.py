@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from ..errors import InputError
+from .speed.arguments import SUBJECTS
 
 __all__ = ["add_subjects"]
 
@@ -57,16 +58,18 @@ def add_subjects(
             "tell what a sample of training data costs",
             "benchmarks/results/samples",
         ),
+        *SUBJECTS,
     ):
         parser = subjects.add_parser(name, help=summary, description=summary.capitalize() + ".")
         parser.set_defaults(run=partial(run, report), command=f"bench {name}")
         add(parser, integer)
-        parser.add_argument(
-            "--output",
-            default=output,
-            metavar="DIR",
-            help="folder for the record (default: %(default)s)",
-        )
+        if output is not None:
+            parser.add_argument(
+                "--output",
+                default=output,
+                metavar="DIR",
+                help="folder for the record (default: %(default)s)",
+            )
 
 
 def _add_experiment(parser: argparse.ArgumentParser, integer: Callable[[int], Callable]) -> None:
