@@ -8,7 +8,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops import dot_product_attention, efficient_attention
+from ...ops import dot_product_attention, efficient_attention, native_launch
 from ...testing import plain_attention
 from . import floors, packages
 from .compiling import compiled
@@ -29,6 +29,12 @@ def _triton(task: Task) -> Call:
     return _calling(partial(efficient_attention, backend="triton"), task)
 
 
+def _native(task: Task) -> Call:
+    if reason := native_launch.why_not(task.inputs["query"]):
+        raise Unavailable(reason)
+    return _calling(partial(efficient_attention, backend="native"), task)
+
+
 def _compiled(task: Task) -> Call:
     return _calling(compiled(plain_attention, task.problem.device), task)
 
@@ -44,9 +50,13 @@ def _fused(task: Task) -> Call:
 
 OPERATOR = {
     OURS: Entry(
-        "efficient_attention, with all its defaults", partial(_calling, efficient_attention)
+        "efficient_attention, with all its defaults; nothing built",
+        partial(_calling, efficient_attention),
     ),
     "triton": Entry('efficient_attention(..., backend="triton")', _triton),
+    "native": Entry(
+        'efficient_attention(..., backend="native"): in C, where somebody has built it', _native
+    ),
     "plain": Entry(
         "the equations, line by line: q.softmax(-1) @ (k.softmax(-2).mT @ v)",
         partial(_calling, plain_attention),
