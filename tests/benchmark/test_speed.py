@@ -257,7 +257,7 @@ def test_the_operator_is_measured_with_both_settings(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["operator", "--peers", "plan"], "peers must be among ours, triton, plain"),
+        (["operator", "--peers", "plan"], "peers must be among ours, triton, native, plain"),
         (
             ["module", "--heads", "3"],
             "heads must divide key and value channels, 128 and 128; got 3",
