@@ -28,6 +28,8 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
+# Extras that nothing here is developed or tested with.
+LEFT_OUT = {"peers"}
 
 
 def main() -> None:
@@ -44,8 +46,9 @@ def main() -> None:
 
 def requirements() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"].values()
-    return [*project["dependencies"], *itertools.chain.from_iterable(extras)]
+    extras = project["optional-dependencies"]
+    needed = (packages for extra, packages in extras.items() if extra not in LEFT_OUT)
+    return [*project["dependencies"], *itertools.chain.from_iterable(needed)]
 
 
 def home() -> Path:

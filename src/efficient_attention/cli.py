@@ -97,6 +97,12 @@ def _plan(options: argparse.Namespace) -> None:
     print(json.dumps(planned.as_dict(), indent=2) if options.json else planned)
 
 
+def _advise(options: argparse.Namespace) -> None:
+    from .benchmark.speed.arguments import run_advice
+
+    run_advice(options, report=lambda line: print(line, flush=True))
+
+
 def _train(options: argparse.Namespace) -> None:
     try:
         from .training import command
@@ -140,7 +146,7 @@ def _build_parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_prediction, _add_plan, _add_training, _add_bench):
+    for add in (_add_demo, _add_prediction, _add_plan, _add_advise, _add_training, _add_bench):
         add(commands)
     return parser
 
@@ -178,6 +184,12 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         "--num-heads", type=_integer(1), default=1, metavar="N", help="default: %(default)s"
     )
     parser.add_argument("--json", action="store_true", help="numbers for programs, in bytes")
+
+
+def _add_advise(commands: argparse._SubParsersAction) -> None:
+    from .benchmark.speed.arguments import ADVICE, add_advice
+
+    add_advice(_add_command(commands, "advise", _advise, ADVICE), _integer)
 
 
 def _add_prediction(commands: argparse._SubParsersAction) -> None:

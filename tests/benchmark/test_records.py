@@ -10,12 +10,14 @@ pytest.importorskip("pytorch_lightning")
 
 from efficient_attention.benchmark.capacity import capacity_table
 from efficient_attention.benchmark.loading import loading_table
+from efficient_attention.benchmark.speed.document import show
 from efficient_attention.benchmark.spread import differences, spread
 from efficient_attention.benchmark.tables import comparison_table
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "experiments.md"
+SPEED = ROOT / "docs" / "speed.md"
 COMPARISONS = sorted(p for p in RESULTS.glob("experiments/*.json") if p.stem != "capacity")
 pytestmark = pytest.mark.skipif(not DOCUMENT.exists(), reason="not a checkout")
 
@@ -71,3 +73,16 @@ def test_the_rate_of_scenes_is_that_of_its_record():
     rate = read(RESULTS / "samples" / "GeneratedStereo.json")["samples_per_cpu_second"]
     assert rate >= 20
     assert f"{rate} pairs" in DOCUMENT.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("speed/*.json")), ids=lambda path: path.stem)
+def test_tables_of_speed_are_those_of_their_records(path):
+    assert show(read(path)) in SPEED.read_text()
+
+
+def test_every_record_of_speed_that_is_shown_is_there_with_its_picture():
+    text = SPEED.read_text()
+    named = re.findall(r"<!-- record: (\S+) -->", text)
+    assert {ROOT / name for name in named} == set(RESULTS.glob("speed/*.json"))
+    pictures = re.findall(r"!\[.*?\]\((\S+)\)", text)
+    assert all((SPEED.parent / picture).exists() for picture in pictures)

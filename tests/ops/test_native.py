@@ -313,6 +313,17 @@ def test_auto_takes_them_where_somebody_has_built_them(kernels, monkeypatch):
 
 
 @served
+def test_auto_leaves_what_is_set_aside(kernels, monkeypatch):
+    monkeypatch.setattr(native_build, "is_built", lambda: True)
+    monkeypatch.setattr(native_build, "_set_aside", set())
+    x = torch.randn(1, 1, 4, 4)
+    assert native_launch.is_preferred(x)
+    native_build.set_aside()
+    assert not native_launch.is_preferred(x)
+    assert native_launch.why_not(x) is None
+
+
+@served
 def test_results_are_written_to_memory_that_is_there(kernels):
     query, key, value = make_inputs(1, 4, 3000, 3000, 32, 32, dtype=torch.float32)
     expected = by("native")(query, key, value)

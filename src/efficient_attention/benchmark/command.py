@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from ..errors import InputError
+from .speed.arguments import SUBJECTS
 
 __all__ = ["add_subjects"]
 
@@ -64,16 +65,18 @@ def add_subjects(
             "compile the kernels for GPUs that are not at hand, and predict their times",
             "benchmarks/results/predictions",
         ),
+        *SUBJECTS,
     ):
         parser = subjects.add_parser(name, help=summary, description=summary.capitalize() + ".")
         parser.set_defaults(run=partial(run, report), command=f"bench {name}")
         add(parser, integer)
-        parser.add_argument(
-            "--output",
-            default=output,
-            metavar="DIR",
-            help="folder for the record (default: %(default)s)",
-        )
+        if output is not None:
+            parser.add_argument(
+                "--output",
+                default=output,
+                metavar="DIR",
+                help="folder for the record (default: %(default)s)",
+            )
 
 
 def _add_experiment(parser: argparse.ArgumentParser, integer: Callable[[int], Callable]) -> None:

@@ -24,6 +24,8 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-shared", "-fPIC")
 INSTRUCTIONS = {"avx2", "fma"}
 
+_set_aside: set[bool] = set()
+
 
 def build_native() -> Path:
     """Compile the CPU kernels in C, in a few seconds, unless they have been: ``backend="auto"`` then takes them.
@@ -74,6 +76,16 @@ def why_not() -> str | None:
     if _cache() is None:
         return "there is nowhere to keep them: neither $XDG_CACHE_HOME nor a home directory"
     return None
+
+
+def set_aside() -> None:
+    """Let ``"auto"`` be, for the rest of this process, what it is where nobody has built them; by name they serve."""
+    _set_aside.add(True)
+
+
+def is_aside() -> bool:
+    """Whether somebody has set them aside."""
+    return bool(_set_aside)
 
 
 @functools.cache

@@ -54,7 +54,8 @@ def why_not(x: Tensor) -> str | None:
 
 def is_preferred(x: Tensor) -> bool:
     """Whether ``"auto"`` takes the native kernels for ``x [B, H, N, Dk]``: they have been built, and serve it."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and native_build.is_built()
+    serves = x.device.type == "cpu" and x.dtype in DTYPES and native_build.is_built()
+    return serves and not native_build.is_aside()
 
 
 def summarize(
