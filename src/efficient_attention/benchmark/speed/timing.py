@@ -78,7 +78,11 @@ def take_rounds(works: Mapping[str, Work], *, device: str, effort: Effort) -> Ro
     quiet = 0
     while quiet < effort.rounds and len(taken) < 2 * effort.rounds:
         before = _processor_times()
-        sample = {name: _sample(works[name], calls[name], device) for name in works}
+        sample = {}
+        for name in _turned(works, len(taken)):
+            # Once before, so that it meets the memory and the caches that it leaves, not those of another.
+            _sample(works[name], 1, device)
+            sample[name] = _sample(works[name], calls[name], device)
         others = _others(before, _processor_times())
         quiet += others <= effort.others
         taken.append((others, sample))
@@ -86,6 +90,13 @@ def take_rounds(works: Mapping[str, Work], *, device: str, effort: Effort) -> Ro
     best = taken[: effort.rounds]
     seconds = {name: [sample[name] for _, sample in best] for name in works}
     return Rounds(seconds, disturbed=quiet < effort.rounds)
+
+
+def _turned(works: Mapping[str, Work], first: int) -> list[str]:
+    """The names from another one on in each round, so that nobody always follows the same."""
+    names = list(works)
+    first %= len(names)
+    return names[first:] + names[:first]
 
 
 def seconds_of(work: Work, device: str) -> float:
