@@ -141,8 +141,10 @@ def test_works_take_turns_and_a_sample_is_long_enough(clock):
     effort = Effort(rounds=3, shortest=0.02)
     rounds = take_rounds({"a": work("a", 0.01), "b": work("b", 0.5)}, device="cpu", effort=effort)
     assert rounds.seconds == {"a": pytest.approx([0.01] * 3), "b": pytest.approx([0.5] * 3)}
-    # One call of each tells how many make a sample: two of a, one of b.
-    assert order == ["a", "b", *["a", "a", "b"] * 3]
+    # One call of each tells how many make a sample: two of a, one of b. Before each sample one more, untimed; another
+    # begins each round.
+    a, b = ["a", "a", "a"], ["b", "b"]
+    assert order == ["a", "b", *a, *b, *b, *a, *a, *b]
 
 
 def test_rounds_in_which_others_were_busy_are_taken_again(clock, monkeypatch):
@@ -155,8 +157,8 @@ def test_rounds_in_which_others_were_busy_are_taken_again(clock, monkeypatch):
 
     works = {"a": Work(run)}
     quiet = take_rounds(works, device="cpu", effort=Effort(rounds=2))
-    # The first call was for the number of calls; the third round was the second quiet one.
-    assert quiet == ({"a": [2, 4]}, False)
+    # The first call was for the number of calls, and one before each sample; the third round was the second quiet one.
+    assert quiet == ({"a": [3, 7]}, False)
 
 
 def test_the_backward_pass_is_timed_without_the_forward_pass(clock):
