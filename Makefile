@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN = python=$$($(PYTHON) tools/environment.py) && PYTHONPATH="$(CURDIR)/src" "$$python"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test gpu lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,6 +14,13 @@ demo: ## show what the library does
 
 test: ## run the tests
 	@$(RUN) -m pytest $(ARGS)
+
+BENCH = $(RUN) -m efficient_attention.cli bench
+gpu: ## check and measure the kernels on an NVIDIA GPU
+	@$(RUN) -m pytest tests/ops/test_triton_interpreter.py tests/ops/test_triton_module.py tests/ops/test_triton_compilation.py
+	@$(BENCH) operator --device cuda --positions 256 1024 4096 16384 65536 262144 1048576 --dtypes bfloat16 float32 \
+		--modes forward backward training
+	@$(BENCH) module --device cuda --maps 256 1024 --heads 8 1 --dtypes bfloat16 float32 --modes forward training
 
 lint: ## check style, form and types
 	@$(RUN) -m ruff check

@@ -62,6 +62,14 @@ def _in_place(task: Task) -> Call:
     return call._replace(inputs=(overwritten,), before=lambda: overwritten.copy_(x))
 
 
+def _triton(task: Task) -> Call:
+    if task.problem.device == "cpu":
+        raise Unavailable("its kernels are for GPUs")
+    call = _ours(task)
+    call.function.backend = "triton"  # type: ignore[attr-defined]
+    return call
+
+
 def _paper(task: Task) -> Call:
     return calling(task, paper_module(_of(task)))
 
@@ -79,6 +87,7 @@ def _of(task: Task) -> Module:
 MODULE = {
     OURS: Entry("EfficientAttention2d, with all its defaults", _ours),
     "in place": Entry("the same with inplace = True, in evaluation", _in_place),
+    "triton": Entry('the same with backend = "triton"', _triton),
     "authors": Entry(
         "the paper authors' formulation: convolutions, a loop over heads, concatenation", _paper
     ),
