@@ -291,11 +291,12 @@ def test_shapes_can_be_planned_on_the_meta_device():
 @pytest.mark.parametrize("backend", ["auto", "blocked", "reference"])
 @pytest.mark.parametrize("order", ["auto", "linear", "quadratic"])
 @pytest.mark.parametrize("lengths", [(37, 53), (3, 4)])
-def test_results_are_written_to_memory_that_is_there(backend, order, lengths):
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+def test_results_are_written_to_memory_that_is_there(backend, order, lengths, normalization):
     if (backend, order) == ("blocked", "quadratic"):
         pytest.skip("it has one order")
     query, key, value = make_inputs(2, 3, *lengths, 5, 5)
-    options = {"backend": backend, "order": order}
+    options = {"backend": backend, "order": order, "normalization": normalization}
     expected = efficient_attention(query, key, value, **options)
     for out in (
         torch.empty_like(query),
@@ -306,8 +307,36 @@ def test_results_are_written_to_memory_that_is_there(backend, order, lengths):
         returned = efficient_attention(query, key, value, out=out, **options)
         assert returned is out
         torch.testing.assert_close(out, expected)
+    version = query._version
     assert efficient_attention(query, key, value, out=query, **options) is query
     torch.testing.assert_close(query, expected)
+    # Who kept the query for a backward pass is told.
+    assert query._version > version
+
+
+@pytest.mark.parametrize("backend", ["auto", "blocked"])
+def test_results_may_overlap_with_queries(backend):
+    whole = torch.randn(1, 2, 20_100, 32)
+    query, out = whole[:, :, :20_000], whole[:, :, 64:20_064]
+    key, value = torch.randn(2, 1, 2, 300, 32)
+    expected = efficient_attention(query.clone(), key, value, backend=backend)
+    efficient_attention(query, key, value, out=out, backend=backend)
+    torch.testing.assert_close(out, expected)
+
+
+def test_negative_views_are_resolved():
+    query, key, value = torch.randn(3, 1, 1, 100, 16, dtype=torch.complex64).conj().imag
+    assert query.is_neg()
+    mask = torch.rand(1, 100) > 0.5
+    for key_mask in (None, mask):
+        got = efficient_attention(query, key, value, key_mask=key_mask, order="linear")
+        expected = efficient_attention(
+            *(x.resolve_neg() for x in (query, key, value)),
+            key_mask=key_mask,
+            backend="reference",
+            order="linear",
+        )
+        torch.testing.assert_close(got, expected)
 
 
 def test_attending_writes_to_memory_that_is_there_and_takes_no_other():
@@ -328,6 +357,7 @@ def test_memory_that_does_not_fit_is_refused(lengths):
         (out[:, :, :-1], "out must have shape"),
         (out.float(), "out must have query's dtype"),
         (out.to("meta"), "out must have query's dtype and device"),
+        (out[:, :, :1].expand_as(out), "out must not overlap with itself"),
         (out.clone().requires_grad_(), "out must be None where gradients are recorded"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

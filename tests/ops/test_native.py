@@ -421,3 +421,46 @@ def test_processes_may_build_at_the_same_time_and_auto_builds_nothing(empty_cach
     assert [process.wait() for process in both] == [0, 0]
     (built,) = (empty_cache / "efficient-attention").iterdir()
     assert built.suffix == ".so"
+
+
+@served
+def test_what_cannot_be_loaded_or_trusted_is_not_there_and_is_built_anew(empty_cache):
+    path = native_build._path()
+    path.parent.mkdir(parents=True, mode=0o700)
+    path.write_bytes(b"half a library")
+    assert native_build._existing() is None
+    assert package.build_native() == path
+    assert native_build._existing() is not None
+    for anybodys in (path, path.parent):
+        anybodys.chmod(0o777)
+        native_build._opened.cache_clear()
+        assert native_build._existing() is None
+        anybodys.chmod(0o700)
+
+
+@served
+@pytest.mark.parametrize("state", ["dtype", "device"])
+def test_defaults_of_pytorch_change_nothing(kernels, state):
+    inputs = make_inputs(1, 2, 300, 300, 16, 16, dtype=torch.float32)
+    expected = by("native")(*inputs)
+    if state == "dtype":
+        torch.set_default_dtype(torch.float16)
+        got = by("native")(*inputs)
+    else:
+        with torch.device("meta"):
+            got = by("native")(*inputs)
+    assert torch.equal(got, expected)
+
+
+@served
+def test_gradients_of_a_context_are_laid_out_as_it_is(kernels):
+    query, key, value = make_inputs(1, 2, 70, 70, 16, 16, dtype=torch.float32)
+    memory = summarize(key, value)
+    for mean in (memory.mean, memory.mean.mT.contiguous().mT):
+        leaf = mean.detach().requires_grad_()
+        attend(query, memory._replace(mean=leaf), backend="native").square().sum().backward()
+        expected = torch.autograd.functional.vjp(
+            lambda m: attend(query, memory._replace(mean=m), backend="reference").square().sum(),
+            mean,
+        )[1]
+        torch.testing.assert_close(leaf.grad, expected)

@@ -161,7 +161,7 @@ def attend(
 ) -> Tensor:
     """``rho_q(Q) C`` for a context C, ``[B, H, N, Dv]``; queries normalized within groups of channels.
 
-    ``out`` may be the query: a block is read before it is written.
+    Under softmax ``out`` may be the query: a block is read before it is written.
     """
     output = empty_output(query, mean.shape[-1]) if out is None else out
     mean = mean.to(product_dtype(query.dtype))

@@ -68,9 +68,8 @@ def efficient_attention(
             the C compiler of the machine makes when they are first named: :func:`build_native`), ``"blocked"``
             (bounded memory, any device), ``"reference"`` (the plain equations) or ``"auto"``: what serves the tensors
             best; second derivatives, forward mode and ``torch.func`` always work.
-        out: where to write the result, ``[B, H, N, Dv]``, dtype and device of ``query``, any strides: memory that is
-            there already, such as that of the last call, or ``query`` itself. Other inputs must not overlap with it,
-            and no gradients are recorded.
+        out: where to write the result, ``[B, H, N, Dv]``, dtype and device of ``query`` (under autocast, its dtype):
+            memory that is there already, such as that of the last call, or that of an input. No gradients are recorded.
 
     Returns:
         ``[B, H, N, Dv]`` in ``query.dtype``, ``out`` if it was given. Sums are kept in float32 (float64 for float64
@@ -364,6 +363,8 @@ def _checked(out: Tensor, query: Tensor, value_channels: int, *others: Tensor) -
     check_shape("out", out, sizes, "[B, H, N, Dv]", "the result's B, H, N, Dv")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (out, query, *others)):
         raise ValueError("out must be None where gradients are recorded; got a tensor")
+    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"out must not overlap with itself; got strides {out.stride()}")
     return out
 
 
@@ -371,9 +372,20 @@ def _into(out: Tensor | None, run: Callable, *args: Any) -> Tensor:
     """The result of an implementation, written to ``out`` if there is any."""
     if out is None:
         return run(*args)
-    if run in (blocked.attend, native_launch.attend):
-        return run(*args, out=out)
-    return out.copy_(run(*args))
+    if run not in (blocked.attend, native_launch.attend) or out.is_inference():
+        return out.copy_(run(*args))
+    query, _, normalization, _ = args
+    # A block of queries is read before it is written over, unless it is multiplied where it lies.
+    same = out.data_ptr() == query.data_ptr() and out.stride() == query.stride()
+    if _share_memory(out, query) and not (same and normalization == "softmax"):
+        return out.copy_(run(*args))
+    run(*args, out=out)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -52,13 +53,16 @@ def build_native() -> Path:
     if reason is not None:
         raise NotImplementedError(f"the native kernels cannot be built: {reason}")
     path = _path()
-    if not path.exists():
+    if _existing() is None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Beside its place and then moved to it, so that nobody ever loads half a library.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             unfinished = Path(folder, path.name)
             _compile(unfinished)
             unfinished.replace(path)
+        _opened.cache_clear()
+        if _existing() is None:
+            raise RuntimeError(f"the native kernels were built, but do not load: {path}")
     is_built.cache_clear()
     return path
 
@@ -90,17 +94,43 @@ def is_aside() -> bool:
 
 @functools.cache
 def is_built() -> bool:
-    """Whether somebody has built them already, for this machine."""
-    return why_not() is None and _path().exists()
+    """Whether somebody has built them already, for this machine, and they load."""
+    return why_not() is None and _existing() is not None
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The kernels, built if need be; errors are those of :func:`build_native`.
+    """The kernels, built if need be; errors are those of :func:`build_native`."""
+    build_native()
+    library = _existing()
+    assert library is not None, "build_native has seen that it loads"
+    return library
 
-    They need OpenMP by a name under which PyTorch has loaded it, so that both share one pool of threads.
+
+def _existing() -> ctypes.CDLL | None:
+    """The kernels if they are there, and can be used."""
+    try:
+        return _opened(_path())
+    except OSError:
+        return None
+
+
+@functools.cache
+def _opened(path: Path) -> ctypes.CDLL | None:
+    """A library; ``None`` where it cannot be read or loaded, or another user may have put it there.
+
+    It needs OpenMP by a name under which PyTorch has loaded it, so that both share one pool of threads.
     """
-    return ctypes.CDLL(str(build_native()))
+    try:
+        trusted = all(_is_ours(x) for x in (path.parent, path))
+        return ctypes.CDLL(str(path)) if trusted else None
+    except OSError:
+        return None
+
+
+def _is_ours(path: Path) -> bool:
+    status = path.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & stat.S_IWOTH
 
 
 def _compile(path: Path) -> None:
@@ -120,7 +150,9 @@ def _path() -> Path:
 
 
 def _cache() -> Path | None:
-    if named := os.environ.get("XDG_CACHE_HOME"):
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    # As its specification has it, a relative path is none.
+    if Path(named).is_absolute():
         return Path(named)
     try:
         return Path.home() / ".cache"

@@ -25,7 +25,7 @@ _LONGEST_IN_CACHE = 8 << 20
 
 
 class _Problem(ctypes.Structure):
-    """Sizes, and what is asked for; as in native/operators.c."""
+    """Sizes, and what is asked for; as in native/blocks.h."""
 
     _fields_ = [
         *((name, c_int64) for name in ("batch", "heads", "positions")),
@@ -35,7 +35,7 @@ class _Problem(ctypes.Structure):
 
 
 class _View(ctypes.Structure):
-    """The memory of a tensor ``[B, H, N, D]`` and its strides; as in native/operators.c."""
+    """The memory of a tensor ``[B, H, N, D]`` and its strides; as in native/blocks.h."""
 
     _fields_ = [
         ("data", c_void_p),
@@ -64,13 +64,15 @@ def summarize(
     """Mean ``[B, H, Dk, Dv]`` and log_weight, shift, total ``[B, H, Dk]``, as :func:`.blocked.summarize`."""
     batch, heads, positions, key_channels = key.shape
     problem = _problem(key, value.shape[-1], normalization)
-    weighted = torch.empty(batch, heads, key_channels, value.shape[-1])
-    shift, total = (torch.empty(batch, heads, key_channels) for _ in range(2))
+    sizes = batch, heads, key_channels
+    weighted = key.new_empty(*sizes, value.shape[-1], dtype=torch.float32)
+    shift, total = (key.new_empty(sizes, dtype=torch.float32) for _ in range(2))
     views = (_view(key), _view(value), _mask(key_mask, key))
     _run("summarize", problem, *views, _address(weighted), _address(shift), _address(total))
     if normalization == "scaling":
-        count = positions if key_mask is None else key_mask.sum(-1, keepdim=True)
-        total.copy_(torch.as_tensor(count))
+        total.fill_(positions)
+        if key_mask is not None:
+            total.copy_(key_mask.sum(-1, keepdim=True))
     # 1 where nothing has any weight: the heaviest key alone weighs 1, as does each that is counted.
     mean = weighted.div_(total.clamp(min=1).unsqueeze(-1))
     return mean, total.log() + shift, shift, total
@@ -131,21 +133,21 @@ def attend_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to query and the context's mean, as :func:`.blocked.attend_backward`."""
-    d_query = empty_gradient(query, needs[0])
-    d_mean = mean.new_empty(mean.shape if needs[1] else 0)
+    d_query, d_mean = empty_gradient(query, needs[0]), empty_gradient(mean, needs[1])
+    sums = d_mean.contiguous()
     mean = mean.contiguous()
     _run(
         "attend_backward",
         _problem(query, mean.shape[-1], normalization, num_groups),
         *(_view(d_output), _view(query), _address(mean)),
-        *(_view(d_query if needs[0] else None), _address(d_mean if needs[1] else None)),
+        *(_view(d_query if needs[0] else None), _address(sums if needs[1] else None)),
     )
-    return d_query, d_mean
+    return d_query, d_mean if sums is d_mean else d_mean.copy_(sums)
 
 
 def _run(name: str, *arguments: object) -> None:
     if getattr(native_build.load(), name)(*arguments) != 0:
-        raise MemoryError(f"backend='native': no memory for the scratch space of {name}")
+        raise MemoryError(f"the native kernels have no memory for the scratch space of {name}")
 
 
 def _problem(x: Tensor, value_channels: int, normalization: str, num_groups: int = 1) -> _Argument:

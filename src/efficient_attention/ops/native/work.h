@@ -11,9 +11,9 @@
 
 #include "products.h"
 
-/* Positions of a chunk, and how many of its blocks are summed before they are added to those before: rounding grows
+/* Positions of a chunk, at least, for there are at most so many of a head; and how many of its blocks are summed before they are added to those before: rounding grows
  * with the length of a sum. */
-enum { CHUNK = 2048, RUN = 4 };
+enum { CHUNK = 2048, MOST_CHUNKS = 64, RUN = 4 };
 
 /* The arguments of an operator; those that it does not take are zero. */
 typedef struct {
@@ -26,12 +26,18 @@ typedef struct {
 
 typedef void (*Work)(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch);
 
-INLINE int64_t chunks_of(const Problem *p) { return (p->positions + CHUNK - 1) / CHUNK; }
+/* A multiple of CHUNK. */
+INLINE int64_t chunk_length(const Problem *p) {
+    const int64_t most = MOST_CHUNKS * CHUNK;
+    return p->positions > most ? CHUNK * ((p->positions + most - 1) / most) : CHUNK;
+}
+
+INLINE int64_t chunks_of(const Problem *p) { return (p->positions + chunk_length(p) - 1) / chunk_length(p); }
 
 /* Block i of a chunk; empty behind the last. */
 INLINE Span block_in(const Problem *p, int64_t chunk, int64_t i) {
-    int64_t start = chunk * CHUNK + i * BLOCK, left = p->positions - start;
-    if (i * BLOCK >= CHUNK || left < 0) left = 0;
+    int64_t length = chunk_length(p), start = chunk * length + i * BLOCK, left = p->positions - start;
+    if (i * BLOCK >= length || left < 0) left = 0;
     return (Span){start, left < BLOCK ? left : BLOCK};
 }
 
