@@ -58,8 +58,7 @@ def _quadratic(query: Tensor, key: Tensor, value: Tensor, normalization: str) ->
 
 
 def _are_plain(*tensors: Tensor) -> bool:
-    # A subclass or a parameter may be more than its values, and a negative view is other than what is in memory.
-    return all(type(x) is Tensor and x.is_cpu and not x.is_neg() for x in tensors) and not (
+    watched = (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -67,6 +66,8 @@ def _are_plain(*tensors: Tensor) -> bool:
         or torch.is_autocast_enabled("cpu")
         or torch._C._get_tracing_state() is not None
     )
+    # A subclass or a parameter may be more than its values, and a negative view is other than what is in memory.
+    return not watched and all(type(x) is Tensor and x.is_cpu and not x.is_neg() for x in tensors)
 
 
 def _records(*tensors: Tensor) -> bool:
