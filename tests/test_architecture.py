@@ -77,6 +77,7 @@ OPS = {
         "blocked",
         "context",
         "library",
+        "layout",
         "limits",
         "native_launch",
         "planner",

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops import Context, backends, library
 from ..ops.functional import is_traced
+from ..ops.layout import share_memory
 from ..ops.precision import autocast_is_on
 from .features import Projection
 from .folding import obstacle
@@ -67,7 +68,7 @@ def stream(
     options = (module.normalization, module.num_heads, module.residual)
     arguments = (positions, attended, key_mask, weights, biases, *options)
     named = {"backend": module.backend}
-    if overwrite and _share_memory(positions, x):
+    if overwrite and share_memory(positions, x):
         library.folded_(*arguments, **named)
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)
@@ -83,10 +84,6 @@ def _layers(module: EfficientModule) -> tuple[Projection, ...]:
 def _parameters(module: EfficientModule) -> tuple[list[Tensor], list[Tensor | None]]:
     layers = _layers(module)
     return [layer.weight.flatten(1) for layer in layers], [layer.bias for layer in layers]
-
-
-def _share_memory(x: Tensor, y: Tensor) -> bool:
-    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _is_plain(x: Tensor) -> bool:

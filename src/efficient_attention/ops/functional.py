@@ -24,6 +24,7 @@ from .arguments import (
     check_tensor,
 )
 from .context import Context
+from .layout import share_memory
 from .limits import refuse_impossible_map
 from .planner import OPERATOR_ORDERS, cheapest, operator_costs
 from .precision import DTYPES, accumulation_dtype, autocast_is_on
@@ -377,15 +378,11 @@ def _into(out: Tensor | None, run: Callable, *args: Any) -> Tensor:
     query, _, normalization, _ = args
     # A block of queries is read before it is written over, unless it is multiplied where it lies.
     same = out.data_ptr() == query.data_ptr() and out.stride() == query.stride()
-    if _share_memory(out, query) and not (same and normalization == "softmax"):
+    if share_memory(out, query) and not (same and normalization == "softmax"):
         return out.copy_(run(*args))
     run(*args, out=out)
     torch.autograd.graph.increment_version(out)
     return out
-
-
-def _share_memory(x: Tensor, y: Tensor) -> bool:
-    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

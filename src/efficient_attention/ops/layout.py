@@ -18,6 +18,11 @@ def is_token_major(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) < x.stride(2) and not is_channel_major(x)
 
 
+def share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are views of the same memory, of the same part of it or not."""
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
+
+
 def empty_output(query: Tensor, value_channels: int) -> Tensor:
     """Memory for ``[B, H, N, Dv]`` laid out as the query is, so that callers undo their views without a copy."""
     batch, heads, queries, _ = query.shape
