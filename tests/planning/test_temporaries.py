@@ -180,7 +180,7 @@ def test_the_streamed_module_holds_what_is_counted(
         *module,
         *summary,
         [True] * 3,
-        # Products of a few channels in bfloat16 copy what they add to, as it happens and by the number of threads.
+        # What products in bfloat16 copy depends on the number of threads.
         tolerance=0.2,
         few=10_000,
     )

@@ -174,7 +174,8 @@ def _folded_backward(args: Sequence[Any], result: Any) -> int:
     context = max(4, x.element_size()) * len(x) * len(keys) * x.shape[1]
     parameters = _nbytes(result[2:])
     images = _nbytes(result[:2])
-    pages = 3 if normalization == "softmax" else 2
+    # Products in low precision copy what they add to.
+    pages = 2 if normalization == "scaling" and x.element_size() >= 4 else 3
     query_side = _streamed(x, keys, num_heads, pages=pages, contexts=2, backward=True) + 4 * context
     return images + max(
         query_side,
