@@ -91,3 +91,15 @@ def check_attention_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     b, h, _, dk = query.shape
     check_shape("key", key, (b, h, None, dk), "[B, H, M, Dk]", "query's B, H, Dk")
     check_shape("value", value, (*key.shape[:3], None), "[B, H, M, Dv]", "key's B, H, M")
+
+
+def check_out(out: Tensor, query: Tensor, value_channels: int, *others: Tensor) -> None:
+    """Whether ``out`` can take the result for a query and other inputs."""
+    check_tensor("out", out)
+    check_like("out", out, "query", query)
+    sizes = (*query.shape[:3], value_channels)
+    check_shape("out", out, sizes, "[B, H, N, Dv]", "the result's B, H, N, Dv")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, query, *others)):
+        raise ValueError("out must be None where gradients are recorded; got a tensor")
+    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"out must not overlap with itself; got strides {out.stride()}")

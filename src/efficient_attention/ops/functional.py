@@ -19,6 +19,7 @@ from .arguments import (
     check_attention_shapes,
     check_like,
     check_option,
+    check_out,
     check_shape,
     check_size,
     check_tensor,
@@ -94,7 +95,8 @@ def efficient_attention(
         if output is not None:
             if out is None:
                 return output
-            return _checked(out, query, value.shape[3], key, value).copy_(output)
+            check_out(out, query, value.shape[3], key, value)
+            return out.copy_(output)
     check_option("order", order, ("auto", *OPERATOR_ORDERS))
     check_option("backend", backend, BACKENDS)
     check_option("normalization", normalization, NORMALIZATIONS)
@@ -102,7 +104,7 @@ def efficient_attention(
     check_attention_shapes(query, key, value)
     mask = canonical_mask(key_mask, key)
     if out is not None:
-        _checked(out, query, value.shape[3], key, value)
+        check_out(out, query, value.shape[3], key, value)
     if order == "auto":
         order = "linear"
         if backend not in LINEAR_BACKENDS:
@@ -228,7 +230,7 @@ def attend(
     if query.shape[-1] % num_groups:
         raise ValueError(f"num_groups must divide query's Dk = {query.shape[-1]}; got {num_groups}")
     if out is not None:
-        _checked(out, query, mean.shape[3], mean)
+        check_out(out, query, mean.shape[3], mean)
     _, run = _operators(backend, query, mean)
     return _into(out, run, query, mean, normalization, num_groups)
 
@@ -354,19 +356,6 @@ def _operators(backend: str, *tensors: Tensor) -> tuple[Callable, Callable]:
         return reference.summarize, reference.attend
     named = {"backend": backend}
     return partial(library.summarize, **named), partial(library.attend, **named)
-
-
-def _checked(out: Tensor, query: Tensor, value_channels: int, *others: Tensor) -> Tensor:
-    """``out``, if it can take the result."""
-    check_tensor("out", out)
-    check_like("out", out, "query", query)
-    sizes = (*query.shape[:3], value_channels)
-    check_shape("out", out, sizes, "[B, H, N, Dv]", "the result's B, H, N, Dv")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, query, *others)):
-        raise ValueError("out must be None where gradients are recorded; got a tensor")
-    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ValueError(f"out must not overlap with itself; got strides {out.stride()}")
-    return out
 
 
 def _into(out: Tensor | None, run: Callable, *args: Any) -> Tensor:
