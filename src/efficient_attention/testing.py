@@ -6,10 +6,30 @@ plain equations do when they are run in the same low precision.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["assert_as_precise_as_plain", "make_inputs", "plain_attention", "relative_error"]
+__all__ = [
+    "MODULE_RESULTS",
+    "ModuleInputs",
+    "assert_as_precise_as_plain",
+    "assert_module_as_precise_as_plain",
+    "make_inputs",
+    "make_module_inputs",
+    "module_results",
+    "plain_attention",
+    "plain_module",
+    "relative_error",
+]
+
+#: The output of a folded module, and what its gradients are of.
+MODULE_RESULTS = (
+    *("output", "x", "source"),
+    *(f"{kind} {i}" for kind in ("weights", "biases") for i in range(4)),
+)
 
 
 def make_inputs(
@@ -39,6 +59,80 @@ def make_inputs(
     return query, key, value
 
 
+class ModuleInputs(NamedTuple):
+    """What a folded module takes: ``x [B, C, N]``, ``source [B, S, M]`` (None: x), its four layers, its heads."""
+
+    x: Tensor
+    source: Tensor | None
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    heads: int
+
+
+def make_module_inputs(
+    batch: int,
+    channels: int,
+    source_channels: int | None,
+    key_channels: int,
+    value_channels: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    tokens: bool = False,
+) -> ModuleInputs:
+    """Layers as they are initialized, on standard normal inputs; ``tokens``: the channels of a position are neighbours.
+
+    Every number is one that the dtype can hold, so that the truth starts from the same.
+    """
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        x = torch.randn(shape, dtype=torch.float64) * scale
+        return x.to(dtype).to(device)
+
+    def features(channels: int, positions: int) -> Tensor:
+        if tokens:
+            return draw(batch, positions, channels).mT
+        return draw(batch, channels, positions)
+
+    x = features(channels, queries)
+    source = None if source_channels is None else features(source_channels, keys)
+    attended = channels if source_channels is None else source_channels
+    shapes = (
+        *((key_channels, channels), (key_channels, attended)),
+        *((value_channels, attended), (channels, value_channels)),
+    )
+    weights = [draw(*shape, scale=shape[1] ** -0.5) for shape in shapes]
+    return ModuleInputs(x, source, weights, [draw(len(w), scale=0.3) for w in weights], heads)
+
+
+def module_results(
+    function: Callable,
+    inputs: ModuleInputs,
+    key_mask: Tensor | None,
+    normalization: str,
+    *,
+    residual: bool = True,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The output of a function of a folded module, and the gradients of all that has one, as ``MODULE_RESULTS``."""
+
+    def leaf(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
+
+    x, source = leaf(inputs.x), leaf(inputs.source)
+    weights, biases = ([leaf(t) for t in ts] for ts in (inputs.weights, inputs.biases))
+    output = function(x, source, key_mask, weights, biases, normalization, inputs.heads, residual)
+    output = output[0] if isinstance(output, tuple) else output
+    slope = torch.randn(output.shape, dtype=torch.float64, generator=torch.manual_seed(1))
+    variables = (x, source, *weights, *biases)
+    leaves = [t for t in variables if t is not None]
+    found = iter(torch.autograd.grad(output, leaves, slope.to(output)))
+    return output, *(None if t is None else next(found) for t in variables)
+
+
 def plain_attention(
     query: Tensor,
     key: Tensor,
@@ -58,6 +152,35 @@ def plain_attention(
     return query @ ((key / count).mT @ value)
 
 
+def plain_module(
+    x: Tensor,
+    source: Tensor | None,
+    key_mask: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    normalization: str,
+    heads: int,
+    residual: bool,
+) -> Tensor:
+    """The module as a user would type it, every step in the inputs' dtype; ``key_mask`` is ``[B, M]``."""
+    attended = x if source is None else source
+    if key_mask is not None:
+        attended = attended.masked_fill(~key_mask.unsqueeze(1), 0)
+    query, key, value = (
+        (w @ y + b.unsqueeze(-1)).unflatten(1, (heads, -1))
+        for w, b, y in zip(weights[:3], biases[:3], (x, attended, attended), strict=True)
+    )
+    count = key.shape[-1] if key_mask is None else key_mask.sum(-1)[:, None, None, None]
+    hidden = torch.zeros((), dtype=torch.bool) if key_mask is None else ~key_mask[:, None, None]
+    hidden = hidden.to(x.device)
+    if normalization == "softmax":
+        query, key = query.softmax(2), key.masked_fill(hidden, -torch.inf).softmax(-1)
+    else:
+        key = (key / count).masked_fill(hidden, 0).to(x.dtype)
+    output = weights[3] @ ((key @ value.mT).mT @ query).flatten(1, 2) + biases[3].unsqueeze(-1)
+    return x + output if residual else output
+
+
 def relative_error(got: Tensor, truth: Tensor) -> float:
     """``|got - truth| / |truth|`` in the Frobenius norm, computed in float64."""
     truth = truth.detach().double()
@@ -74,3 +197,36 @@ def assert_as_precise_as_plain(got: Tensor, plain: Tensor, truth: Tensor, what: 
     error, allowed = relative_error(got, truth), 2 * relative_error(plain, truth)
     allowed = max(allowed, torch.finfo(got.dtype).eps)
     assert error <= allowed, f"{what}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_module_as_precise_as_plain(
+    got: Sequence[Tensor | None], plain: Sequence[Tensor | None], truth: Sequence[Tensor | None]
+) -> None:
+    """As :func:`assert_as_precise_as_plain`, for all ``MODULE_RESULTS``; what is zero in truth has to be zero.
+
+    The few numbers of one bias are right by chance now and then: what counts is the largest error that the plain
+    equations make in any of the weights, or of the biases.
+
+    Raises:
+        AssertionError: with both errors, and what was compared.
+    """
+    compared = {}
+    for name, *results in zip(MODULE_RESULTS, got, plain, truth, strict=True):
+        ours, low, exact = results
+        if ours is None or low is None or exact is None:
+            continue
+        compared[name] = ours, low, exact
+    size = compared["output"][2].norm()
+    zeros = {name for name, (*_, exact) in compared.items() if exact.norm() < 1e-9 * size}
+    allowed: dict[str, float] = {}
+    for name in compared.keys() - zeros:
+        ours, low, exact = compared[name]
+        kind = name.split()[0]
+        twice = max(2 * relative_error(low, exact), torch.finfo(ours.dtype).eps)
+        allowed[kind] = max(twice, allowed.get(kind, 0.0))
+    for name, (ours, _, exact) in compared.items():
+        if name in zeros:
+            assert not ours.any(), f"{name}: not zero"
+            continue
+        error, limit = relative_error(ours, exact), allowed[name.split()[0]]
+        assert error <= limit, f"{name}: relative error {error:.2e}, allowed {limit:.2e}"

@@ -34,29 +34,6 @@ SIZES = [
 NAMES = ("output", "d_query", "d_key", "d_value")
 
 
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
-    """The kernels for each set of instructions, built when they are first asked for."""
-
-    @functools.cache
-    def library(instructions):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-            flags = [f"-march={instructions}" if "march" in f else f for f in native_build.FLAGS]
-            patch.setattr(native_build, "FLAGS", tuple(flags))
-            return native_build.load.__wrapped__()
-
-    return library
-
-
-@pytest.fixture(params=["native", "x86-64-v3"])
-def kernels(request, libraries, monkeypatch):
-    """The kernels for this processor, and for any with AVX2."""
-    library = libraries(request.param)
-    monkeypatch.setattr(native_build, "load", lambda: library)
-    return library
-
-
 def with_gradients(function, inputs):
     """The output, and the gradients of the inputs for a slope that is the same for every dtype."""
     leaves = [x.detach().requires_grad_() for x in inputs]

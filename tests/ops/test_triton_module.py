@@ -3,6 +3,7 @@
 What the interpreter shows and what not: ``test_triton_interpreter.py``.
 """
 
+import functools
 import itertools
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 
 import efficient_attention as ea
 from efficient_attention.ops import library, reference, streamed, tuning
-from efficient_attention.testing import assert_as_precise_as_plain, relative_error
+from efficient_attention.testing import (
+    MODULE_RESULTS,
+    assert_module_as_precise_as_plain,
+    make_module_inputs,
+    module_results,
+    plain_module,
+    relative_error,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -27,7 +35,6 @@ SIZES = [
     (1, 150, 20, 20, 16, 1, 19, 21),
     (1, 20, None, 140, 20, 4, 24, 24),
 ]
-NAMES = ["output", "x", "source", *(f"weights {i}" for i in range(4)), *(f"biases {i}" for i in range(4))]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -36,24 +43,7 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(triton_module_launch, "module_chunk_length", lambda *_: 32)
 
 
-def inputs_of(batch, c, s, dk, dv, heads, queries, keys, *, dtype=torch.float32, tokens=False):
-    """``x, source, weights, biases, heads``: layers as they are initialized, numbers that the dtype can hold."""
-
-    def draw(*shape, scale=1.0):
-        x = torch.randn(shape, dtype=torch.float64) * scale
-        return x.to(dtype).to(DEVICE)
-
-    def features(channels, positions):
-        if tokens:
-            return draw(batch, positions, channels).mT
-        return draw(batch, channels, positions)
-
-    x = features(c, queries)
-    source = None if s is None else features(s, keys)
-    attended = c if s is None else s
-    shapes = ((dk, c), (dk, attended), (dv, attended), (c, dv))
-    weights = [draw(*shape, scale=shape[1] ** -0.5) for shape in shapes]
-    return x, source, weights, [draw(len(w), scale=0.3) for w in weights], heads
+inputs_of = functools.partial(make_module_inputs, device=DEVICE)
 
 
 def mask_of(batch, keys):
@@ -62,55 +52,8 @@ def mask_of(batch, keys):
     return mask.to(DEVICE)
 
 
-def run(function, given, mask, normalization, *, residual=True, dtype=None):
-    """The output, and the gradients of all that has one."""
-    x, source, weights, biases, heads = given
-
-    def leaf(t):
-        return None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
-
-    x, source = leaf(x), leaf(source)
-    weights, biases = [leaf(w) for w in weights], [leaf(b) for b in biases]
-    output = function(x, source, mask, weights, biases, normalization, heads, residual)
-    output = output[0] if isinstance(output, tuple) else output
-    slope = torch.randn(output.shape, dtype=torch.float64, generator=torch.manual_seed(1))
-    leaves = [t for t in (x, source, *weights, *biases) if t is not None]
-    found = iter(torch.autograd.grad(output, leaves, slope.to(output)))
-    gradients = [None if t is None else next(found) for t in (x, source, *weights, *biases)]
-    return output, *gradients
-
-
 def by_kernels(*args):
     return library.folded(*args, backend="triton")
-
-
-def plain(x, source, mask, weights, biases, normalization, heads, residual):
-    """The module as a user would type it, every step in the inputs' dtype."""
-    attended = x if source is None else source
-    if mask is not None:
-        attended = attended.masked_fill(~mask.unsqueeze(1), 0)
-    query, key, value = (
-        (w @ y + b.unsqueeze(-1)).unflatten(1, (heads, -1))
-        for w, b, y in zip(weights[:3], biases[:3], (x, attended, attended), strict=True)
-    )
-    count = key.shape[-1] if mask is None else mask.sum(-1)[:, None, None, None]
-    hidden = torch.zeros_like(key, dtype=torch.bool) if mask is None else ~mask[:, None, None]
-    if normalization == "softmax":
-        query, key = query.softmax(2), key.masked_fill(hidden, -torch.inf).softmax(-1)
-    else:
-        key = (key / count).masked_fill(hidden, 0).to(x.dtype)
-    output = weights[3] @ ((key @ value.mT).mT @ query).flatten(1, 2) + biases[3].unsqueeze(-1)
-    return x + output if residual else output
-
-
-def assert_precise(got, low, exact):
-    for name, *results in zip(NAMES, got, low, exact, strict=True):
-        if results[2] is None:
-            continue
-        if results[2].norm() < 1e-9 * exact[0].norm():
-            assert not results[0].any(), name
-            continue
-        assert_as_precise_as_plain(*results, name)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -118,10 +61,10 @@ def assert_precise(got, low, exact):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_values_and_gradients_are_as_precise_as_a_plain_run(normalization, dtype, sizes):
     given = inputs_of(*sizes, dtype=dtype)
-    assert_precise(
-        run(by_kernels, given, None, normalization),
-        run(plain, given, None, normalization),
-        run(plain, given, None, normalization, dtype=torch.float64),
+    assert_module_as_precise_as_plain(
+        module_results(by_kernels, given, None, normalization),
+        module_results(plain_module, given, None, normalization),
+        module_results(plain_module, given, None, normalization, dtype=torch.float64),
     )
 
 
@@ -129,27 +72,27 @@ def test_values_and_gradients_are_as_precise_as_a_plain_run(normalization, dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_positions_count_for_nothing(normalization, dtype):
     given, mask = inputs_of(*SIZES[0], dtype=dtype), mask_of(2, 37)
-    assert_precise(
-        run(by_kernels, given, mask, normalization, residual=False),
-        run(plain, given, mask, normalization, residual=False),
-        run(plain, given, mask, normalization, residual=False, dtype=torch.float64),
+    assert_module_as_precise_as_plain(
+        module_results(by_kernels, given, mask, normalization, residual=False),
+        module_results(plain_module, given, mask, normalization, residual=False),
+        module_results(
+            plain_module, given, mask, normalization, residual=False, dtype=torch.float64
+        ),
     )
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_masks_hide_whatever_is_there(normalization, rows):
-    x, source, weights, biases, heads = inputs_of(*SIZES[1])
+    inputs = inputs_of(*SIZES[1])
     mask = mask_of(rows, 53)
     if rows == 2:
         mask[0] = False  # nothing in the first sample
-    hidden = ~mask.unsqueeze(1).expand_as(source)
-    given = (x, source.masked_fill(hidden, torch.nan), weights, biases, heads)
-    got = run(by_kernels, given, mask, normalization)
-    expected = run(
-        reference.module, (x, source, *given[2:]), mask, normalization, dtype=torch.float64
-    )
-    for name, a, b in zip(NAMES, got, expected, strict=True):
+    hidden = ~mask.unsqueeze(1).expand_as(inputs.source)
+    given = inputs._replace(source=inputs.source.masked_fill(hidden, torch.nan))
+    got = module_results(by_kernels, given, mask, normalization)
+    expected = module_results(reference.module, inputs, mask, normalization, dtype=torch.float64)
+    for name, a, b in zip(MODULE_RESULTS, got, expected, strict=True):
         if normalization == "softmax" and name == "biases 1":
             assert not a.any()
             continue
@@ -159,8 +102,9 @@ def test_masks_hide_whatever_is_there(normalization, rows):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_memory_layout_changes_no_bit_and_is_kept(dtype):
-    x, source, *module = inputs_of(*SIZES[1], dtype=dtype)
-    expected = run(by_kernels, (x, source, *module), None, "softmax")
+    inputs = inputs_of(*SIZES[1], dtype=dtype)
+    x, source, *module = inputs
+    expected = module_results(by_kernels, inputs, None, "softmax")
 
     def strided(y):
         wide = y.new_full((y.shape[0], 2 * y.shape[1] + 1, 2 * y.shape[2] + 1), torch.nan)
@@ -172,7 +116,8 @@ def test_memory_layout_changes_no_bit_and_is_kept(dtype):
             lay_out(x), lay_out(source), None, *module[:2], "softmax", module[2], True
         )
         assert torch.equal(summary[0], expected[0])
-    got = run(by_kernels, (x.mT.contiguous().mT, source, *module), None, "softmax")
+    tokens = inputs._replace(x=x.mT.contiguous().mT)
+    got = module_results(by_kernels, tokens, None, "softmax")
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert got[0].stride() == got[1].stride() == x.mT.contiguous().mT.stride()
 
@@ -260,8 +205,8 @@ def test_repetition_changes_no_bit_and_batch_mates_none_of_a_sum(dtype):
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_nothing_and_one_position_give_what_the_oracle_gives(sizes, normalization):
     given = inputs_of(*sizes)
-    got = run(by_kernels, given, None, normalization)
-    expected = run(reference.module, given, None, normalization)
+    got = module_results(by_kernels, given, None, normalization)
+    expected = module_results(reference.module, given, None, normalization)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -388,8 +333,8 @@ def test_calls_can_be_captured_in_a_graph():
 @pytest.mark.parametrize(("c", "dk", "heads"), [(256, 128, 8), (256, 128, 1), (512, 256, 4)])
 def test_large_maps_are_as_precise_as_a_plain_run(dtype, c, dk, heads):
     given = inputs_of(1, c, None, dk, c, heads, 30_001, 30_001, dtype=dtype)
-    assert_precise(
-        run(by_kernels, given, None, "softmax"),
-        run(plain, given, None, "softmax"),
-        run(plain, given, None, "softmax", dtype=torch.float64),
+    assert_module_as_precise_as_plain(
+        module_results(by_kernels, given, None, "softmax"),
+        module_results(plain_module, given, None, "softmax"),
+        module_results(plain_module, given, None, "softmax", dtype=torch.float64),
     )

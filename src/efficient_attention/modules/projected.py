@@ -132,7 +132,7 @@ class EfficientModule(ProjectedAttention):
     inplace: bool = False
 
     #: What computes the operators inside, as in :func:`~efficient_attention.efficient_attention`. In the folded order
-    #: ``"triton"`` is one operator too, where all layers are plain: neither keys nor queries reach memory.
+    #: ``"triton"`` and ``"native"`` are one operator too, where all layers are plain: no keys or queries reach memory.
     backend: str = "auto"
 
     def summarize(self, source: Tensor, *, key_mask: Tensor | None = None) -> Context:

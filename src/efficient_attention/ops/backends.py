@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocked, native_launch, streamed
+from . import blocked, native_launch, native_module_launch, streamed
 from .precision import without_autocast
 from .tiling import why_not, why_not_module
 
@@ -56,20 +56,19 @@ def serves_module(weights: Sequence[Tensor], num_heads: int, backend: str) -> bo
         backend = AUTO_ON_CUDA if device.type == "cuda" else "blocked"
     if backend == "triton":
         return (_why_not_on(device) or _why_not_folded(weights, num_heads)) is None
-    return backend == "blocked" and device.type == "cpu" and dtype in _STREAMED
+    # Whether the machine has the native kernels is for the operator to say: here programs are traced.
+    return backend in ("blocked", "native") and device.type == "cpu" and dtype in _STREAMED
 
 
 def _is_preferred(name: str, *args: Any) -> bool:
-    """Whether the native kernels are what ``"auto"`` is; of a module they have no operator."""
-    return not name.startswith("folded") and native_launch.is_preferred(_POSITIONS[name](*args))
+    """Whether the native kernels are what ``"auto"`` is."""
+    return native_launch.is_preferred(_POSITIONS[name](*args))
 
 
 def _why_not(backend: str, name: str, *args: Any) -> str | None:
     """Why kernels cannot serve a call of an operator, or ``None`` if they can."""
     if backend == "triton":
         return _why_not_on(args[0].device) or _OBSTACLES[name](*args)
-    if name.startswith("folded"):
-        return "it has no folded module"
     return native_launch.why_not(_POSITIONS[name](*args))
 
 
@@ -96,7 +95,7 @@ def _file_of(backend: str, name: str) -> ModuleType:
     if backend == "blocked":
         return streamed if module else blocked
     if backend == "native":
-        return native_launch
+        return native_module_launch if module else native_launch
     # They import triton, which is optional and slow to load.
     if module:
         from . import triton_module_launch
@@ -113,12 +112,15 @@ def _why_not_folded(weights: Sequence[Tensor], num_heads: int) -> str | None:
     return why_not_module(weights[0].dtype, key_channels, channels, num_heads)
 
 
-# Queries or keys among the arguments of each operator.
+# Queries, keys or features among the arguments of each operator.
 _POSITIONS: dict[str, Callable[..., Tensor]] = {
     "summarize": lambda key, *_: key,
     "summarize_backward": lambda d_mean, d_log_weight, key, *_: key,
     "attend": lambda query, *_: query,
     "attend_backward": lambda d_output, query, *_: query,
+    "folded": lambda x, *_: x,
+    "folded_": lambda x, *_: x,
+    "folded_backward": lambda d_output, x, *_: x,
 }
 # For each operator, why the Triton kernels do not serve its arguments.
 _OBSTACLES: dict[str, Callable[..., str | None]] = {

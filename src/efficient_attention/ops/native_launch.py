@@ -1,46 +1,22 @@
 """The native kernels (native/operators.c) as the operators of ``blocked.py``: their signatures, gradients and shapes.
 
-The kernels are called with addresses, strides and sizes, and allocate nothing but scratch memory; so all that is
-returned is PyTorch's. Storage is float32 or bfloat16. Sums are float32, and products take bfloat16 as it is where the
-processor can, so that then weights are rounded to it, as in the plain equations.
+Storage is float32 or bfloat16. Sums are float32, and products take bfloat16 as it is where the processor can, so that
+then weights are rounded to it, as in the plain equations.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from ctypes import byref, c_int32, c_int64, c_void_p
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native_build
+from .chunks import chunk_length
 from .layout import empty_gradient, empty_output
+from .native_calls import Argument, Sizes, address, mask_view, run, view
 
 DTYPES = (torch.float32, torch.bfloat16)
-_Argument = Any  # what ctypes passes on, of types that it keeps to itself
-# What is longer goes past the caches to memory: nobody would find it there.
-_LONGEST_IN_CACHE = 8 << 20
-
-
-class _Problem(ctypes.Structure):
-    """Sizes, and what is asked for; as in native/blocks.h."""
-
-    _fields_ = [
-        *((name, c_int64) for name in ("batch", "heads", "positions")),
-        *((name, c_int64) for name in ("key_channels", "value_channels", "groups")),
-        *((name, c_int32) for name in ("bfloat16", "softmax", "stream", "threads")),
-    ]
-
-
-class _View(ctypes.Structure):
-    """The memory of a tensor ``[B, H, N, D]`` and its strides; as in native/blocks.h."""
-
-    _fields_ = [
-        ("data", c_void_p),
-        *((name, c_int64) for name in ("batch", "head", "position", "channel")),
-    ]
 
 
 def why_not(x: Tensor) -> str | None:
@@ -63,12 +39,15 @@ def summarize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean ``[B, H, Dk, Dv]`` and log_weight, shift, total ``[B, H, Dk]``, as :func:`.blocked.summarize`."""
     batch, heads, positions, key_channels = key.shape
-    problem = _problem(key, value.shape[-1], normalization)
-    sizes = batch, heads, key_channels
-    weighted = key.new_empty(*sizes, value.shape[-1], dtype=torch.float32)
-    shift, total = (key.new_empty(sizes, dtype=torch.float32) for _ in range(2))
-    views = (_view(key), _view(value), _mask(key_mask, key))
-    _run("summarize", problem, *views, _address(weighted), _address(shift), _address(total))
+    shape, sizes = (batch, heads, key_channels), _sizes(key, value.shape[-1], normalization)
+    weighted = key.new_empty(*shape, value.shape[-1], dtype=torch.float32)
+    shift, total = (key.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    sums = sizes.sums()
+    run(
+        "summarize",
+        *(sizes.problem(), view(key), view(value), _mask(key_mask, key)),
+        *(address(weighted), address(shift), address(total), address(sums)),
+    )
     if normalization == "scaling":
         total.fill_(positions)
         if key_mask is not None:
@@ -99,12 +78,12 @@ def summarize_backward(
     correction = (correction / total).contiguous()
     d_mean = (d_mean / total.unsqueeze(-1)).contiguous()
     shift = shift.contiguous()
-    _run(
+    run(
         "summarize_backward",
-        _problem(key, value.shape[-1], normalization),
-        *(_view(key), _view(value), _mask(key_mask, key)),
-        *(_address(d_mean), _address(shift), _address(correction)),
-        *(_view(d_key if needs[0] else None), _view(d_value if needs[1] else None)),
+        _sizes(key, value.shape[-1], normalization).problem(),
+        *(view(key), view(value), _mask(key_mask, key)),
+        *(address(d_mean), address(shift), address(correction)),
+        *(view(d_key if needs[0] else None), view(d_value if needs[1] else None)),
     )
     return d_key, d_value
 
@@ -119,8 +98,11 @@ def attend(
     """``rho_q(Q) C`` for a context C, ``[B, H, N, Dv]``, as :func:`.blocked.attend`; ``out`` may be the query."""
     output = empty_output(query, mean.shape[-1]) if out is None else out
     mean = mean.contiguous()
-    problem = _problem(query, mean.shape[-1], normalization, num_groups)
-    _run("attend", problem, _view(query), _address(mean), _view(output))
+    run(
+        "attend",
+        _sizes(query, mean.shape[-1], normalization, num_groups).problem(),
+        *(view(query), address(mean), view(output)),
+    )
     return output
 
 
@@ -134,44 +116,22 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to query and the context's mean, as :func:`.blocked.attend_backward`."""
     d_query, d_mean = empty_gradient(query, needs[0]), empty_gradient(mean, needs[1])
-    sums = d_mean.contiguous()
-    mean = mean.contiguous()
-    _run(
+    whole, mean = d_mean.contiguous(), mean.contiguous()
+    sizes = _sizes(query, mean.shape[-1], normalization, num_groups)
+    sums = sizes.sums() if needs[1] else None
+    run(
         "attend_backward",
-        _problem(query, mean.shape[-1], normalization, num_groups),
-        *(_view(d_output), _view(query), _address(mean)),
-        *(_view(d_query if needs[0] else None), _address(sums if needs[1] else None)),
+        *(sizes.problem(), view(d_output), view(query), address(mean)),
+        *(view(d_query if needs[0] else None), address(whole if needs[1] else None), address(sums)),
     )
-    return d_query, d_mean if sums is d_mean else d_mean.copy_(sums)
+    return d_query, d_mean if whole is d_mean else d_mean.copy_(whole)
 
 
-def _run(name: str, *arguments: object) -> None:
-    if getattr(native_build.load(), name)(*arguments) != 0:
-        raise MemoryError(f"the native kernels have no memory for the scratch space of {name}")
+def _sizes(x: Tensor, value_channels: int, normalization: str, num_groups: int = 1) -> Sizes:
+    positions, key_channels = x.shape[2:]
+    length = chunk_length(positions)
+    return Sizes(x, length, key_channels, value_channels, normalization, num_groups)
 
 
-def _problem(x: Tensor, value_channels: int, normalization: str, num_groups: int = 1) -> _Argument:
-    batch, heads, positions, channels = x.shape
-    longest = batch * heads * positions * max(channels, value_channels) * x.itemsize
-    return byref(
-        _Problem(
-            *(batch, heads, positions, channels, value_channels, num_groups),
-            bfloat16=x.dtype == torch.bfloat16,
-            softmax=normalization == "softmax",
-            stream=longest > _LONGEST_IN_CACHE,
-            threads=torch.get_num_threads(),
-        )
-    )
-
-
-def _view(x: Tensor | None) -> _Argument:
-    return byref(_View() if x is None else _View(x.data_ptr(), *x.stride()))
-
-
-def _mask(mask: Tensor | None, key: Tensor) -> _Argument:
-    # A mask of one row or head is read again for each: its stride is 0.
-    return _view(None if mask is None else mask.expand(*key.shape[:3]).unsqueeze(-1))
-
-
-def _address(x: Tensor | None) -> c_void_p:
-    return c_void_p(None if x is None else x.data_ptr())
+def _mask(mask: Tensor | None, key: Tensor) -> Argument:
+    return mask_view(mask, key.shape[:3])

@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ...modules import EfficientAttention2d, NonLocal2d
+from ...ops import native_launch
 from . import floors, packages
 from .authors import PaperModule
 from .compiling import compiled
@@ -70,6 +71,14 @@ def _triton(task: Task) -> Call:
     return call
 
 
+def _native(task: Task) -> Call:
+    if reason := native_launch.why_not(task.inputs["x"]):
+        raise Unavailable(reason)
+    call = _ours(task)
+    call.function.backend = "native"  # type: ignore[attr-defined]
+    return call
+
+
 def _paper(task: Task) -> Call:
     return calling(task, paper_module(_of(task)))
 
@@ -87,6 +96,7 @@ def _of(task: Task) -> Module:
 MODULE = {
     OURS: Entry("EfficientAttention2d, with all its defaults", _ours),
     "in place": Entry("the same with inplace = True, in evaluation", _in_place),
+    "native": Entry('the same with backend = "native": in C, where somebody has built it', _native),
     "triton": Entry('the same with backend = "triton"', _triton),
     "authors": Entry(
         "the paper authors' formulation: convolutions, a loop over heads, concatenation", _paper

@@ -12,9 +12,9 @@
 /* Positions of a block. */
 enum { BLOCK = 64 };
 
-/* Sizes of a problem, and what is asked for; as in native_launch.py. */
+/* Sizes of a problem, and what is asked for; as in native_launch.py. A chunk is of whole blocks. */
 typedef struct {
-    int64_t batch, heads, positions, key_channels, value_channels, groups;
+    int64_t batch, heads, positions, chunk, key_channels, value_channels, groups;
     int32_t bfloat16, softmax, stream, threads;
 } Problem;
 
@@ -131,6 +131,18 @@ INLINE void load(Block block, Matrix source, float fill) {
     for (float *x = row_of(block, source.rows); x < row_of(block, block.rows); x++) *x = fill;
 }
 
+/* block += source; padding stays. */
+INLINE void add(Block block, Matrix source) {
+    const int64_t size = source.size;
+    for (int64_t r = 0; r < source.rows; r++) {
+        float *row = row_of(block, r);
+        int64_t c = 0;
+        if (source.across == 1)
+            for (; c + LANES <= source.columns; c += LANES) STORE(row + c, LOAD(row + c) + vector(at(source, r, c), size));
+        for (; c < source.columns; c++) row[c] += element(at(source, r, c), size);
+    }
+}
+
 /* target = what of a block is not padding; `stream`: past the caches, where whole vectors lie at natural addresses. */
 INLINE void store(Block block, Matrix target, int stream) {
     const int64_t size = target.size, apart = target.across == 1 ? target.down : target.across;
@@ -163,6 +175,13 @@ INLINE void silence(Block block, Matrix mask, Span n, float fill) {
     for (int64_t r = 0; r < n.count; r++)
         if (!mask.data[(n.start + r) * mask.down])
             for (int64_t c = 0; c < block.columns; c++) row_of(block, r)[c] = fill;
+}
+
+/* The same, of a block [., positions]. */
+INLINE void silence_columns(Block block, Matrix mask, Span n, float fill) {
+    for (int64_t i = 0; i < block.columns; i++)
+        if (i >= n.count || (mask.data && !mask.data[(n.start + i) * mask.down]))
+            for (int64_t r = 0; r < block.rows; r++) row_of(block, r)[i] = fill;
 }
 
 /* Ask for what step i of `steps` should of the block of positions behind n, to be there when its turn comes. */

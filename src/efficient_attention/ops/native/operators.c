@@ -7,49 +7,7 @@
  *
  * All return 0, or 1 if there is no memory. Gradients are computed where there is memory for them.
  */
-#include "work.h"
-
-/* Take a partial context relative to the largest key including those of a block [BLOCK, padded(Dk)]. */
-static void raise_shift(Partial x, Block keys) {
-    for (int64_t c = 0; c < keys.columns; c += LANES) {
-        vec before = LOAD(x.shift + c), largest = before;
-        for (int64_t r = 0; r < keys.rows; r++) largest = MAX(LOAD(row_of(keys, r) + c), largest);
-        uvec raised = (uvec)(largest > before);
-        uint32_t any = 0;
-        for (int i = 0; i < LANES; i++) any |= raised[i];
-        if (!any) continue;
-        vec ratio = exponential(before - largest);
-        STORE(x.shift + c, largest);
-        STORE(x.total + c, LOAD(x.total + c) * ratio);
-        for (int i = 0; i < LANES; i++)
-            for (int64_t e = 0; e < x.sums.columns; e += LANES) {
-                float *sums = row_of(x.sums, c + i) + e;
-                STORE(sums, LOAD(sums) * SPLAT(ratio[i]));
-            }
-    }
-}
-
-/* Keys become weights exp(k - shift), and are added to total, as precise as products take them. */
-static void weigh(Block keys, const float *shift, float *total, int pairs) {
-    for (int64_t c = 0; c < keys.columns; c += LANES) {
-        vec of_block = SPLAT(0.0f), by = LOAD(shift + c);
-        for (int64_t r = 0; r < keys.rows; r++) {
-            vec weight = exponential(LOAD(row_of(keys, r) + c) - by);
-            if (pairs) weight = widened(narrowed(weight));
-            STORE(row_of(keys, r) + c, weight);
-            of_block += weight;
-        }
-        if (total) STORE(total + c, LOAD(total + c) + of_block);
-    }
-}
-
-/* Words of a block of values for sums over its positions, 0 where they are masked. */
-static Block load_silenced(Block values, Block words, Matrix value, Matrix mask, Span n, int pairs) {
-    if (!mask.data) return load_over_rows(values, words, rows_in(value, n), pairs);
-    load(values, rows_in(value, n), 0.0f);
-    silence(values, mask, n, 0.0f);
-    return over_rows(values, words, pairs);
-}
+#include "softmax.h"
 
 static void summarize_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
     const Problem *p = call->p;
@@ -61,7 +19,7 @@ static void summarize_chunk(const Call *call, int64_t batch, int64_t head, int64
     const int pairs = in_pairs(p);
     const Block keys = take(&scratch, BLOCK, width), key_words = take(&scratch, BLOCK, width);
     const Block values = take(&scratch, BLOCK, columns), value_words = take(&scratch, BLOCK, columns);
-    const Partial context = partial_of(call, batch * p->heads + head, chunk), run = take_partial(&scratch, p);
+    const Partial context = partial_of(call, batch * p->heads + head, chunk), run = take_partial(&scratch, call);
     clear(context, p->softmax), clear(run, p->softmax);
     Span n;
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
@@ -84,9 +42,9 @@ static void summarize_chunk(const Call *call, int64_t batch, int64_t head, int64
 
 /* sum_m w v [batch, heads, Dk, Dv], and under softmax shift and sum_m w [batch, heads, Dk], for w = exp(k - shift). */
 int summarize(const Problem *p, const View *key, const View *value, const View *mask, float *weighted, float *shift,
-              float *total) {
-    Call call = {.p = p, .key = *key, .value = *value, .mask = *mask};
-    int64_t floats = 2 * BLOCK * (padded(p->key_channels) + padded(p->value_channels)) + partial_floats(p);
+              float *total, float *partials) {
+    Call call = {.p = p, .parts = 1, .partials = partials, .key = *key, .value = *value, .mask = *mask};
+    int64_t floats = 2 * BLOCK * (padded(p->key_channels) + padded(p->value_channels));
     return for_partials(&call, summarize_chunk, floats, weighted, shift, total);
 }
 
@@ -168,37 +126,6 @@ int summarize_backward(const Problem *p, const View *key, const View *value, con
     return for_chunks(&call, summarize_backward_chunk, floats);
 }
 
-/* Queries [padded(Dk), BLOCK] become their softmax over the channels of each group. */
-static void normalize(Block queries, int64_t channels, int64_t groups) {
-    const int64_t size = channels / groups;
-    for (int64_t first = 0; first < channels; first += size)
-        for (int64_t n = 0; n < BLOCK; n += LANES) {
-            float *x = row_of(queries, first) + n;
-            vec largest = LOAD(x), total = SPLAT(0.0f);
-            for (int64_t c = 1; c < size; c++) largest = MAX(LOAD(x + c * BLOCK), largest);
-            for (int64_t c = 0; c < size; c++) {
-                vec weight = exponential(LOAD(x + c * BLOCK) - largest);
-                STORE(x + c * BLOCK, weight);
-                total += weight;
-            }
-            vec by = SPLAT(1.0f) / total;
-            for (int64_t c = 0; c < size; c++) STORE(x + c * BLOCK, LOAD(x + c * BLOCK) * by);
-        }
-}
-
-/* d_weights [padded(Dk), BLOCK] become d_queries, for weights that `normalize` has made. */
-static void pull_back_queries(Block d_weights, Block weights, int64_t channels, int64_t groups) {
-    const int64_t size = channels / groups;
-    for (int64_t first = 0; first < channels; first += size)
-        for (int64_t n = 0; n < BLOCK; n += LANES) {
-            float *d = row_of(d_weights, first) + n, *x = row_of(weights, first) + n;
-            vec total = SPLAT(0.0f);
-            for (int64_t c = 0; c < size; c++) total = FMA(LOAD(d + c * BLOCK), LOAD(x + c * BLOCK), total);
-            for (int64_t c = 0; c < size; c++)
-                STORE(d + c * BLOCK, (LOAD(d + c * BLOCK) - total) * LOAD(x + c * BLOCK));
-        }
-}
-
 /* The context of a head, [padded(Dk), padded(Dv)]. */
 static Block load_context(const Call *call, int64_t head, float **scratch) {
     const int64_t channels = call->p->key_channels, values = call->p->value_channels;
@@ -212,7 +139,7 @@ static void attend_chunk(const Call *call, int64_t batch, int64_t head, int64_t 
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
     const Matrix query = head_of(&call->query, batch, head, p->key_channels, p);
     const Matrix output = head_of(&call->output, batch, head, p->value_channels, p);
-    const int pairs = in_pairs(p), channel_major = output.across != 1;
+    const int pairs = in_pairs(p);
     const Block queries = take(&scratch, width, BLOCK), query_words = take(&scratch, width, BLOCK);
     const Block strip = take(&scratch, ROWS, columns > BLOCK ? columns : BLOCK);
     const Block mean = load_context(call, batch * p->heads + head, &scratch);
@@ -222,18 +149,7 @@ static void attend_chunk(const Call *call, int64_t batch, int64_t head, int64_t 
         load(queries, flipped(rows_in(query, n)), 0.0f);
         if (p->softmax) normalize(queries, p->key_channels, p->groups);
         const Block weights = over_rows(queries, query_words, pairs);
-        /* In the order in which it is stored. */
-        for (int64_t r = 0; !channel_major && r < n.count; r += ROWS) {
-            fetch(query, n, r / ROWS, BLOCK / ROWS);
-            product(pairs, (Left){weights.data, 1, BLOCK}, r, context, width, strip.data);
-            store((Block){strip.data, ROWS, columns}, rows_in(output, rows_of(n, r)), p->stream);
-        }
-        for (int64_t e = 0; channel_major && e < p->value_channels; e += ROWS) {
-            fetch(query, n, e / ROWS, columns / ROWS);
-            product(pairs, (Left){context.data, 1, columns}, e, weights, width, strip.data);
-            const Span channels = {e, p->value_channels - e < ROWS ? p->value_channels - e : ROWS};
-            store((Block){strip.data, ROWS, BLOCK}, rows_in(flipped(rows_in(output, n)), channels), p->stream);
-        }
+        write_product(pairs, weights, context, width, (Matrix){0}, output, n, strip, p->stream, query);
     }
 }
 
@@ -257,7 +173,7 @@ static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head,
     const Block by_channels = {d_out.data, columns, BLOCK}, by_channels_words = {d_out_words.data, columns, BLOCK};
     const Block mean = load_context(call, batch * p->heads + head, &scratch);
     const Left context = over_columns(mean, take(&scratch, width, columns), pairs);
-    const Partial run = take_partial(&scratch, p);
+    const Partial run = take_partial(&scratch, call);
     const Partial d_mean = call->partials ? partial_of(call, batch * p->heads + head, chunk) : run;
     clear(d_mean, 0), clear(run, 0);
     Span n;
@@ -286,11 +202,11 @@ static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head,
 
 /* d_query = A (G - sum_c A G) for A = rho_q(Q), G = d_out mean^T, or G; d_mean = A^T d_out [batch, heads, Dk, Dv]. */
 int attend_backward(const Problem *p, const View *d_output, const View *query, const float *mean, const View *d_query,
-                    float *d_mean) {
-    Call call = {.p = p, .query = *query, .d_output = *d_output, .d_query = *d_query, .mean = mean};
+                    float *d_mean, float *partials) {
+    Call call = {.p = p, .parts = 1, .partials = partials, .query = *query, .d_output = *d_output, .d_query = *d_query, .mean = mean};
     int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    int64_t floats = BLOCK * (3 * width + 2 * columns) + 2 * width * columns + partial_floats(p);
+    int64_t floats = BLOCK * (3 * width + 2 * columns) + 2 * width * columns;
     if (d_mean) return for_partials(&call, attend_backward_chunk, floats, d_mean, NULL, NULL);
     call.chunks = chunks_of(p);
-    return for_chunks(&call, attend_backward_chunk, floats);
+    return for_chunks(&call, attend_backward_chunk, floats + partial_floats(&call));
 }

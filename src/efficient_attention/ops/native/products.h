@@ -8,6 +8,9 @@
 
 #include "blocks.h"
 
+/* How many numbers are added in a row; pairs have lost more digits than a longer row costs. */
+enum { SUM = 128 };
+
 /* Whether products take pairs. */
 INLINE int in_pairs(const Problem *p) {
 #ifdef __AVX512BF16__
@@ -62,6 +65,14 @@ INLINE Block load_over_rows(Block block, Block words, Matrix x, int pairs) {
     return over_rows(block, words, pairs);
 }
 
+/* Words of a block of values for sums over its positions, 0 where they are masked. */
+static Block load_silenced(Block values, Block words, Matrix value, Matrix mask, Span n, int pairs) {
+    if (!mask.data) return load_over_rows(values, words, rows_in(value, n), pairs);
+    load(values, rows_in(value, n), 0.0f);
+    silence(values, mask, n, 0.0f);
+    return over_rows(values, words, pairs);
+}
+
 INLINE vec multiply_add(vec a, vec b, vec c, int pairs) {
 #ifdef __AVX512BF16__
     if (pairs) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
@@ -70,12 +81,13 @@ INLINE vec multiply_add(vec a, vec b, vec c, int pairs) {
     return FMA(a, b, c);
 }
 
-/* c [ROWS, vectors * LANES] = left b, or += it, all sums in registers; b [steps, .] and c have rows of `width`. */
+/* c [ROWS, vectors * LANES] = left b, or += it: all sums in registers, and added to those before when they are complete,
+ * for the rounding. b [steps, .] and c have rows of `width`. */
 INLINE void tile(const int vectors, const int pairs, Left left, const float *b, int64_t steps, int64_t width,
                  float *c, const int add) {
     vec sum[ROWS][VECTORS];
     UNROLL for (int i = 0; i < ROWS; i++)
-        UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = add ? LOAD(c + i * width + j * LANES) : SPLAT(0.0f);
+        UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = SPLAT(0.0f);
     for (const float *end = b + steps * width; b < end; b += width, left.words += left.step) {
         vec row[VECTORS];
         UNROLL for (int j = 0; j < vectors; j++) row[j] = LOAD(b + j * LANES);
@@ -85,7 +97,11 @@ INLINE void tile(const int vectors, const int pairs, Left left, const float *b, 
         }
     }
     UNROLL for (int i = 0; i < ROWS; i++)
-        UNROLL for (int j = 0; j < vectors; j++) STORE(c + i * width + j * LANES, sum[i][j]);
+        UNROLL for (int j = 0; j < vectors; j++) {
+            float *to = c + i * width + j * LANES;
+            if (add) sum[i][j] += LOAD(to);
+            STORE(to, sum[i][j]);
+        }
 }
 
 INLINE void strip(const int pairs, Left left, Block b, int64_t steps, float *c, const int add) {
@@ -95,18 +111,49 @@ INLINE void strip(const int pairs, Left left, Block b, int64_t steps, float *c, 
     if (j < b.columns) tile(1, pairs, left, b.data + j, steps, b.columns, c + j, add);
 }
 
-/* ROWS rows of a product, from `first` on, [ROWS, b.columns]; `steps` numbers are summed, half as many pairs. */
-static void product(int pairs, Left left, int64_t first, Block b, int64_t steps, float *rows) {
-    left.words += first * left.row;
-    if (pairs) strip(1, left, b, steps / 2, rows, 0);
-    else strip(0, left, b, steps, rows, 0);
-}
-
-/* The same, added to the rows. */
+/* ROWS rows of a product, from `first` on, are added to [ROWS, b.columns]; `steps` numbers are summed, half as many
+ * pairs. */
 static void add_product(int pairs, Left left, int64_t first, Block b, int64_t steps, float *rows) {
     left.words += first * left.row;
     if (pairs) strip(1, left, b, steps / 2, rows, 1);
     else strip(0, left, b, steps, rows, 1);
+}
+
+/* The rows themselves, of which no more than SUM numbers are added in a row. */
+static void product(int pairs, Left left, int64_t first, Block b, int64_t steps, float *rows) {
+    left.words += first * left.row;
+    if (pairs) {
+        strip(1, left, b, steps / 2, rows, 0);
+        return;
+    }
+    strip(0, left, b, steps < SUM ? steps : SUM, rows, 0);
+    for (int64_t k = SUM; k < steps; k += SUM) {
+        left.words += SUM * left.step, b.data += SUM * b.columns;
+        strip(0, left, b, steps - k < SUM ? steps - k : SUM, rows, 1);
+    }
+}
+
+/* All rows of a product. */
+INLINE void multiply(int pairs, Left left, Block b, int64_t steps, Block c) {
+    for (int64_t r = 0; r < c.rows; r += ROWS) product(pairs, left, r, b, steps, row_of(c, r));
+}
+
+/* target [n, Dv] = weights^T context, + `added` where there is any, in the order in which it is stored; meanwhile the
+ * block of `ahead` behind n is fetched. Words of both factors are for sums over their `steps` rows. */
+static void write_product(int pairs, Block weights, Block context, int64_t steps, Matrix added, Matrix target, Span n,
+                          Block strip, int stream, Matrix ahead) {
+    const int channel_major = target.across != 1;
+    const Block left = channel_major ? context : weights, right = channel_major ? weights : context;
+    added = rows_in(added, n), target = rows_in(target, n);
+    if (channel_major) added = flipped(added), target = flipped(target);
+    strip.columns = right.columns;
+    for (int64_t r = 0; r < target.rows; r += ROWS) {
+        const Span some = {r, target.rows - r < ROWS ? target.rows - r : ROWS};
+        fetch(ahead, n, r / ROWS, (target.rows + ROWS - 1) / ROWS);
+        product(pairs, (Left){left.data, 1, left.columns}, r, right, steps, strip.data);
+        if (added.data) add(strip, rows_in(added, some));
+        store(strip, rows_in(target, some), stream);
+    }
 }
 
 #endif

@@ -11,33 +11,28 @@
 
 #include "products.h"
 
-/* Positions of a chunk, at least, for there are at most so many of a head; and how many of its blocks are summed before they are added to those before: rounding grows
- * with the length of a sum. */
-enum { CHUNK = 2048, MOST_CHUNKS = 64, RUN = 4 };
+/* How many blocks of a chunk are summed before they are added to those before: rounding grows with the length of a
+ * sum. */
+enum { RUN = 4 };
 
 /* The arguments of an operator; those that it does not take are zero. */
 typedef struct {
     const Problem *p;
     View key, value, mask, query, d_output, output, d_query, d_key, d_value;
-    const float *mean, *shift, *correction;
+    View x, added, d_x; /* of the module */
+    const float *mean, *shift, *correction, *weight, *bias;
     float *partials;
-    int64_t chunks; /* of each head */
+    int64_t chunks, parts; /* of each head; sums that are made at a time, each of the size of a context */
 } Call;
 
 typedef void (*Work)(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch);
 
-/* A multiple of CHUNK. */
-INLINE int64_t chunk_length(const Problem *p) {
-    const int64_t most = MOST_CHUNKS * CHUNK;
-    return p->positions > most ? CHUNK * ((p->positions + most - 1) / most) : CHUNK;
-}
-
-INLINE int64_t chunks_of(const Problem *p) { return (p->positions + chunk_length(p) - 1) / chunk_length(p); }
+INLINE int64_t chunks_of(const Problem *p) { return (p->positions + p->chunk - 1) / p->chunk; }
 
 /* Block i of a chunk; empty behind the last. */
 INLINE Span block_in(const Problem *p, int64_t chunk, int64_t i) {
-    int64_t length = chunk_length(p), start = chunk * length + i * BLOCK, left = p->positions - start;
-    if (i * BLOCK >= length || left < 0) left = 0;
+    int64_t start = chunk * p->chunk + i * BLOCK, left = p->positions - start;
+    if (i * BLOCK >= p->chunk || left < 0) left = 0;
     return (Span){start, left < BLOCK ? left : BLOCK};
 }
 
@@ -69,27 +64,33 @@ static int for_chunks(const Call *call, Work work, int64_t scratch_floats) {
     return failed;
 }
 
-/* A context in the making: sums [padded(Dk), padded(Dv)] of weighted values, and shift and total [padded(Dk)]. */
+/* Sums in the making, one or several below each other: [parts * padded(Dk), padded(Dv)] of weighted values, relative to
+ * shift, and the total of the weights. */
 typedef struct {
     Block sums;
     float *shift, *total;
 } Partial;
 
-INLINE int64_t partial_floats(const Problem *p) {
-    return padded(p->key_channels) * (padded(p->value_channels) + 2);
+INLINE int64_t partial_floats(const Call *call) {
+    return call->parts * padded(call->p->key_channels) * (padded(call->p->value_channels) + 2);
 }
 
-INLINE Partial take_partial(float **scratch, const Problem *p) {
-    const int64_t width = padded(p->key_channels);
-    const Block sums = take(scratch, width, padded(p->value_channels));
-    const Block shift = take(scratch, 1, width), total = take(scratch, 1, width);
+INLINE Partial take_partial(float **scratch, const Call *call) {
+    const int64_t rows = call->parts * padded(call->p->key_channels);
+    const Block sums = take(scratch, rows, padded(call->p->value_channels));
+    const Block shift = take(scratch, 1, rows), total = take(scratch, 1, rows);
     return (Partial){sums, shift.data, total.data};
 }
 
 /* That of a chunk. */
 INLINE Partial partial_of(const Call *call, int64_t head, int64_t chunk) {
-    float *data = call->partials + (head * call->chunks + chunk) * partial_floats(call->p);
-    return take_partial(&data, call->p);
+    float *data = call->partials + (head * call->chunks + chunk) * partial_floats(call);
+    return take_partial(&data, call);
+}
+
+/* Some of its rows. */
+INLINE Partial part_of(Partial x, int64_t first, int64_t rows) {
+    return (Partial){{row_of(x.sums, first), rows, x.sums.columns}, x.shift + first, x.total + first};
 }
 
 /* Nothing, relative to the lowest number under softmax: where no key has any weight, -inf - -inf would be NaN. */
@@ -120,33 +121,34 @@ static void end_run(Partial whole, Partial run, const Problem *p, int64_t chunk,
     memcpy(run.shift, whole.shift, run.sums.rows * 4);
 }
 
-/* The context of every head from those of its chunks, as a balanced tree. */
+/* Rows [parts, Dk] of every head from those of its chunks, as a balanced tree; LANES of them at a time. */
 static void gather(const Call *call, float *sums, float *shift, float *total) {
     const Problem *p = call->p;
-    const int64_t channels = p->key_channels;
+    const int64_t width = padded(p->key_channels), slices = call->parts * width / LANES;
 #pragma omp parallel for num_threads(p->threads)
-    for (int64_t head = 0; head < p->batch * p->heads; head++) {
+    for (int64_t i = 0; i < p->batch * p->heads * slices; i++) {
+        const int64_t head = i / slices, first = i % slices * LANES;
         for (int64_t apart = 1; apart < call->chunks; apart *= 2)
             for (int64_t a = 0; a + apart < call->chunks; a += 2 * apart)
-                merge(partial_of(call, head, a), partial_of(call, head, a + apart));
-        Partial whole = partial_of(call, head, 0);
-        for (int64_t c = 0; c < channels; c++)
-            memcpy(sums + (head * channels + c) * p->value_channels, row_of(whole.sums, c), p->value_channels * 4);
-        if (shift) memcpy(shift + head * channels, whole.shift, channels * 4);
-        if (total) memcpy(total + head * channels, whole.total, channels * 4);
+                merge(part_of(partial_of(call, head, a), first, LANES),
+                      part_of(partial_of(call, head, a + apart), first, LANES));
+        const Partial whole = partial_of(call, head, 0);
+        for (int64_t r = first; r < first + LANES && r % width < p->key_channels; r++) {
+            const int64_t to = (head * call->parts + r / width) * p->key_channels + r % width;
+            memcpy(sums + to * p->value_channels, row_of(whole.sums, r), p->value_channels * 4);
+            if (shift) shift[to] = whole.shift[r];
+            if (total) total[to] = whole.total[r];
+        }
     }
 }
 
-/* `for_chunks` with a Partial for each, at least one a head, and what they come to; 1 if there is no memory. */
+/* `for_chunks` with a Partial for each, at least one a head, and what they come to; 1 if there is no memory. The partials
+ * are the caller's (native_calls.py), so that his account of memory has them. */
 static int for_partials(Call *call, Work work, int64_t scratch_floats, float *sums, float *shift, float *total) {
-    const Problem *p = call->p;
-    call->chunks = p->positions ? chunks_of(p) : 1;
-    call->partials = malloc((size_t)(p->batch * p->heads * call->chunks * partial_floats(p) + 1) * 4);
-    if (!call->partials) return 1;
-    int failed = for_chunks(call, work, scratch_floats);
-    if (!failed) gather(call, sums, shift, total);
-    free(call->partials);
-    return failed;
+    call->chunks = call->p->positions ? chunks_of(call->p) : 1;
+    if (for_chunks(call, work, scratch_floats + partial_floats(call))) return 1;
+    gather(call, sums, shift, total);
+    return 0;
 }
 
 #endif

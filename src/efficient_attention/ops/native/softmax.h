@@ -1,0 +1,72 @@
+/* What the normalizations do to blocks: softmax over positions, softmax over channels, and back. */
+#ifndef SOFTMAX_H
+#define SOFTMAX_H
+
+#include "work.h"
+
+/* Take a partial context relative to the largest key including those of a block [BLOCK, padded(Dk)]. */
+static void raise_shift(Partial x, Block keys) {
+    for (int64_t c = 0; c < keys.columns; c += LANES) {
+        vec before = LOAD(x.shift + c), largest = before;
+        for (int64_t r = 0; r < keys.rows; r++) largest = MAX(LOAD(row_of(keys, r) + c), largest);
+        uvec raised = (uvec)(largest > before);
+        uint32_t any = 0;
+        for (int i = 0; i < LANES; i++) any |= raised[i];
+        if (!any) continue;
+        vec ratio = exponential(before - largest);
+        STORE(x.shift + c, largest);
+        STORE(x.total + c, LOAD(x.total + c) * ratio);
+        for (int i = 0; i < LANES; i++)
+            for (int64_t e = 0; e < x.sums.columns; e += LANES) {
+                float *sums = row_of(x.sums, c + i) + e;
+                STORE(sums, LOAD(sums) * SPLAT(ratio[i]));
+            }
+    }
+}
+
+/* Keys become weights exp(k - shift), and are added to total, as precise as products take them. */
+static void weigh(Block keys, const float *shift, float *total, int pairs) {
+    for (int64_t c = 0; c < keys.columns; c += LANES) {
+        vec of_block = SPLAT(0.0f), by = LOAD(shift + c);
+        for (int64_t r = 0; r < keys.rows; r++) {
+            vec weight = exponential(LOAD(row_of(keys, r) + c) - by);
+            if (pairs) weight = widened(narrowed(weight));
+            STORE(row_of(keys, r) + c, weight);
+            of_block += weight;
+        }
+        if (total) STORE(total + c, LOAD(total + c) + of_block);
+    }
+}
+
+/* Queries [padded(Dk), BLOCK] become their softmax over the channels of each group. */
+static void normalize(Block queries, int64_t channels, int64_t groups) {
+    const int64_t size = channels / groups;
+    for (int64_t first = 0; first < channels; first += size)
+        for (int64_t n = 0; n < BLOCK; n += LANES) {
+            float *x = row_of(queries, first) + n;
+            vec largest = LOAD(x), total = SPLAT(0.0f);
+            for (int64_t c = 1; c < size; c++) largest = MAX(LOAD(x + c * BLOCK), largest);
+            for (int64_t c = 0; c < size; c++) {
+                vec weight = exponential(LOAD(x + c * BLOCK) - largest);
+                STORE(x + c * BLOCK, weight);
+                total += weight;
+            }
+            vec by = SPLAT(1.0f) / total;
+            for (int64_t c = 0; c < size; c++) STORE(x + c * BLOCK, LOAD(x + c * BLOCK) * by);
+        }
+}
+
+/* d_weights [padded(Dk), BLOCK] become d_queries, for weights that `normalize` has made. */
+static void pull_back_queries(Block d_weights, Block weights, int64_t channels, int64_t groups) {
+    const int64_t size = channels / groups;
+    for (int64_t first = 0; first < channels; first += size)
+        for (int64_t n = 0; n < BLOCK; n += LANES) {
+            float *d = row_of(d_weights, first) + n, *x = row_of(weights, first) + n;
+            vec total = SPLAT(0.0f);
+            for (int64_t c = 0; c < size; c++) total = FMA(LOAD(d + c * BLOCK), LOAD(x + c * BLOCK), total);
+            for (int64_t c = 0; c < size; c++)
+                STORE(d + c * BLOCK, (LOAD(d + c * BLOCK) - total) * LOAD(x + c * BLOCK));
+        }
+}
+
+#endif

@@ -1,0 +1,97 @@
+"""How the native kernels (native/*.c) are called: with addresses, strides and sizes, by ctypes.
+
+They allocate nothing but scratch memory of each thread: what is returned, and sums of chunks, are PyTorch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import byref, c_int32, c_int64, c_void_p
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native_build
+from .chunks import sums_of_chunks
+
+Argument = Any  # what ctypes passes on, of types that it keeps to itself
+
+# What is longer goes past the caches to memory: nobody would find it there.
+_LONGEST_IN_CACHE = 8 << 20
+
+
+class _Problem(ctypes.Structure):
+    """Sizes, and what is asked for; as in native/blocks.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "heads", "positions", "chunk")),
+        *((name, c_int64) for name in ("key_channels", "value_channels", "groups")),
+        *((name, c_int32) for name in ("bfloat16", "softmax", "stream", "threads")),
+    ]
+
+
+class _View(ctypes.Structure):
+    """The memory of a tensor ``[B, H, N, D]`` and its strides; as in native/blocks.h."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("batch", "head", "position", "channel")),
+    ]
+
+
+def run(name: str, *arguments: object) -> None:
+    """Call a kernel; :class:`MemoryError` where it has no memory for its scratch space."""
+    if getattr(native_build.load(), name)(*arguments) != 0:
+        raise MemoryError(f"the native kernels have no memory for the scratch space of {name}")
+
+
+class Sizes(NamedTuple):
+    """The sizes of a call: positions of ``x [B, H, N, D]`` in chunks of so many, and channels of keys and values."""
+
+    x: Tensor
+    chunk: int
+    key_channels: int
+    value_channels: int
+    normalization: str
+    num_groups: int = 1
+
+    def problem(self) -> Argument:
+        batch, heads, positions, _ = self.x.shape
+        channels = self.key_channels, self.value_channels
+        longest = batch * heads * positions * max(channels) * self.x.itemsize
+        return byref(
+            _Problem(
+                *(batch, heads, positions, self.chunk, *channels, self.num_groups),
+                bfloat16=self.x.dtype == torch.bfloat16,
+                softmax=self.normalization == "softmax",
+                stream=longest > _LONGEST_IN_CACHE,
+                threads=torch.get_num_threads(),
+            )
+        )
+
+    def sums(self, parts: int = 1) -> Tensor:
+        """Memory for the sums of all chunks."""
+        batch, heads, positions, _ = self.x.shape
+        channels = self.key_channels, self.value_channels
+        size = sums_of_chunks(batch * heads, positions, self.chunk, *channels, parts)
+        return self.x.new_empty(size, dtype=torch.float32)
+
+
+def view(x: Tensor | None) -> Argument:
+    """``[B, H, N, D]``; of None no memory."""
+    return byref(_View() if x is None else _View(x.data_ptr(), *x.stride()))
+
+
+def mask_view(mask: Tensor | None, shape: Sequence[int]) -> Argument:
+    """A mask that broadcasts to ``[B, H, M]``."""
+    # One row or head is read again for each: its stride is 0.
+    if mask is None:
+        return view(None)
+    return view(mask.expand(shape).unsqueeze(-1))
+
+
+def address(x: Tensor | None) -> c_void_p:
+    """Where a contiguous tensor lies."""
+    return c_void_p(None if x is None else x.data_ptr())
