@@ -12,7 +12,7 @@
 /* Positions of a block. */
 enum { BLOCK = 64 };
 
-/* Sizes of a problem, and what is asked for; as in native_launch.py. A chunk is of whole blocks. */
+/* Sizes of a problem, and what is asked for; as in native_calls.py. A chunk is of whole blocks. */
 typedef struct {
     int64_t batch, heads, positions, chunk, key_channels, value_channels, groups;
     int32_t bfloat16, softmax, stream, threads;

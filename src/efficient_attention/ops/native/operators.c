@@ -1,6 +1,6 @@
 /* The four operators of ops/blocked.py on CPUs with AVX2 or AVX-512, for float32 and bfloat16.
  *
- * Plain C, without headers of Python or PyTorch: called with addresses, strides and sizes (native_launch.py), with
+ * Plain C, without headers of Python or PyTorch: called with addresses, strides and sizes (native_calls.py), with
  * threads of the OpenMP that PyTorch has loaded before. Each operator passes once over its inputs. Blocks of BLOCK
  * positions are copied to the first cache, as [positions, channels] or, where a softmax runs over channels, as
  * [channels, positions], so that it never runs across the lanes of a vector.
