@@ -21,7 +21,7 @@ def chunk_length(positions: int) -> int:
 
 
 def module_chunk_length(positions: int, key_channels: int) -> int:
-    """The same for a module: beyond eight of them, their sums ``[dk, C]`` are a sixteenth of X ``[C, N]``."""
+    """The same for a module: beyond eight, their sums ``[dk, C]`` are as many numbers as a sixteenth of X."""
     most = min(max(8, positions // (16 * key_channels)), MOST)
     return SHORTEST_OF_MODULE * max(1, _ceil(positions, most * SHORTEST_OF_MODULE))
 

@@ -203,7 +203,8 @@ static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head,
 /* d_query = A (G - sum_c A G) for A = rho_q(Q), G = d_out mean^T, or G; d_mean = A^T d_out [batch, heads, Dk, Dv]. */
 int attend_backward(const Problem *p, const View *d_output, const View *query, const float *mean, const View *d_query,
                     float *d_mean, float *partials) {
-    Call call = {.p = p, .parts = 1, .partials = partials, .query = *query, .d_output = *d_output, .d_query = *d_query, .mean = mean};
+    Call call = {.p = p, .parts = 1, .partials = partials, .query = *query, .mean = mean};
+    call.d_output = *d_output, call.d_query = *d_query;
     int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
     int64_t floats = BLOCK * (3 * width + 2 * columns) + 2 * width * columns;
     if (d_mean) return for_partials(&call, attend_backward_chunk, floats, d_mean, NULL, NULL);
