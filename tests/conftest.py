@@ -16,10 +16,16 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.fixture(autouse=True)
-def _fresh_state(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_built():
     # "auto" is here what it is where nobody has built the native kernels, whatever this machine has.
-    monkeypatch.setattr(native_build, "is_built", functools.cache(lambda: False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_build, "is_built", functools.cache(lambda: False))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     # Fills torch.empty with NaN: whatever is returned without having been written shows.
