@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, blocked, library, native_launch, plain, reference
+from . import backends, blocked, library, native_launch, reference, short
 from .arguments import (
     canonical_mask,
     check_attention_shapes,
@@ -29,6 +29,7 @@ from .layout import share_memory
 from .limits import refuse_impossible_map
 from .planner import OPERATOR_ORDERS, cheapest, operator_costs
 from .precision import DTYPES, accumulation_dtype, autocast_is_on
+from .watching import nobody_watches
 
 __all__ = ["attend", "dot_product_attention", "efficient_attention", "summarize"]
 
@@ -90,8 +91,8 @@ def efficient_attention(
 
     Paper: Shen et al. 2021, Sec. 3.2.
     """
-    if key_mask is None and backend == "auto":
-        output = plain.efficient_attention(query, key, value, normalization, order)
+    if backend == "auto":
+        output = short.efficient_attention(query, key, value, key_mask, normalization, order)
         if output is not None:
             if out is None:
                 return output
@@ -343,7 +344,7 @@ def _operators(backend: str, *tensors: Tensor) -> tuple[Callable, Callable]:
     """The ``summarize`` and ``attend`` that serve the call; an error if a backend was named that cannot."""
     if backend == "reference":
         return reference.summarize, reference.attend
-    if backend in ("auto", "blocked") and plain.nobody_watches(*tensors):
+    if backend in ("auto", "blocked") and nobody_watches(*tensors):
         # What the dispatcher would come to.
         implementation = backends.on_cpu(tensors[0]) if backend == "auto" else blocked
         return implementation.summarize, implementation.attend

@@ -22,7 +22,7 @@ Argument = Any  # what ctypes passes on, of types that it keeps to itself
 _LONGEST_IN_CACHE = 8 << 20
 
 
-class _Problem(ctypes.Structure):
+class Problem(ctypes.Structure):
     """Sizes, and what is asked for; as in native/blocks.h."""
 
     _fields_ = [
@@ -32,7 +32,7 @@ class _Problem(ctypes.Structure):
     ]
 
 
-class _View(ctypes.Structure):
+class View(ctypes.Structure):
     """The memory of a tensor ``[B, H, N, D]`` and its strides; as in native/blocks.h."""
 
     _fields_ = [
@@ -62,7 +62,7 @@ class Sizes(NamedTuple):
         channels = self.key_channels, self.value_channels
         longest = batch * heads * positions * max(channels) * self.x.itemsize
         return byref(
-            _Problem(
+            Problem(
                 *(batch, heads, positions, self.chunk, *channels, self.num_groups),
                 bfloat16=self.x.dtype == torch.bfloat16,
                 softmax=self.normalization == "softmax",
@@ -81,7 +81,7 @@ class Sizes(NamedTuple):
 
 def view(x: Tensor | None) -> Argument:
     """``[B, H, N, D]``; of None no memory."""
-    return byref(_View() if x is None else _View(x.data_ptr(), *x.stride()))
+    return byref(View() if x is None else View(x.data_ptr(), *x.stride()))
 
 
 def mask_view(mask: Tensor | None, shape: Sequence[int]) -> Argument:

@@ -186,8 +186,9 @@ INLINE void silence_columns(Block block, Matrix mask, Span n, float fill) {
 
 /* Ask for what step i of `steps` should of the block of positions behind n, to be there when its turn comes. */
 INLINE void fetch(Matrix x, Span n, int64_t i, int64_t steps) {
-    if (!x.data) return;
-    Matrix next = rows_in(x, (Span){n.start + BLOCK, BLOCK});
+    const int64_t left = x.rows - n.start - BLOCK;
+    if (!x.data || left <= 0) return;
+    Matrix next = rows_in(x, (Span){n.start + BLOCK, left < BLOCK ? left : BLOCK});
     if (next.across != 1 && next.down == 1) next = flipped(next);
     for (int64_t r = next.rows * i / steps; r < next.rows * (i + 1) / steps; r++)
         for (int64_t byte = 0; byte < next.columns * next.size; byte += 64)

@@ -7,45 +7,17 @@
  *
  * All return 0, or 1 if there is no memory. Gradients are computed where there is memory for them.
  */
-#include "softmax.h"
+#include "passes.h"
 
 static void summarize_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
-    const Problem *p = call->p;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const Matrix key = head_of(&call->key, batch, head, p->key_channels, p);
-    const Matrix value = head_of(&call->value, batch, head, p->value_channels, p);
-    const Matrix mask = mask_of(&call->mask, batch, head);
-    const float nothing = p->softmax ? -INFINITY : 0.0f;
-    const int pairs = in_pairs(p);
-    const Block keys = take(&scratch, BLOCK, width), key_words = take(&scratch, BLOCK, width);
-    const Block values = take(&scratch, BLOCK, columns), value_words = take(&scratch, BLOCK, columns);
-    const Partial context = partial_of(call, batch * p->heads + head, chunk), run = take_partial(&scratch, call);
-    clear(context, p->softmax), clear(run, p->softmax);
-    Span n;
-    for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
-        load(keys, rows_in(key, n), nothing);
-        silence(keys, mask, n, nothing);
-        if (p->softmax) {
-            raise_shift(run, keys);
-            weigh(keys, run.shift, run.total, pairs);
-        }
-        const Left weights = {over_rows(keys, key_words, pairs).data, 1, width};
-        const Block right = load_silenced(values, value_words, value, mask, n, pairs);
-        for (int64_t c = 0; c < width; c += ROWS) {
-            fetch(key, n, c / ROWS, width / ROWS);
-            fetch(value, n, c / ROWS, width / ROWS);
-            add_product(pairs, weights, c, right, BLOCK, row_of(run.sums, c));
-        }
-        end_run(context, run, p, chunk, i);
-    }
+    pass_over_keys(call, batch, head, chunk, partial_of(call, batch * call->p->heads + head, chunk), scratch);
 }
 
 /* sum_m w v [batch, heads, Dk, Dv], and under softmax shift and sum_m w [batch, heads, Dk], for w = exp(k - shift). */
 int summarize(const Problem *p, const View *key, const View *value, const View *mask, float *weighted, float *shift,
               float *total, float *partials) {
     Call call = {.p = p, .parts = 1, .partials = partials, .key = *key, .value = *value, .mask = *mask};
-    int64_t floats = 2 * BLOCK * (padded(p->key_channels) + padded(p->value_channels));
-    return for_partials(&call, summarize_chunk, floats, weighted, shift, total);
+    return for_partials(&call, summarize_chunk, keys_floats(p), weighted, shift, total);
 }
 
 /* What all blocks of a head share in the backward pass of `summarize`. */
@@ -135,29 +107,14 @@ static Block load_context(const Call *call, int64_t head, float **scratch) {
 }
 
 static void attend_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
-    const Problem *p = call->p;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const Matrix query = head_of(&call->query, batch, head, p->key_channels, p);
-    const Matrix output = head_of(&call->output, batch, head, p->value_channels, p);
-    const int pairs = in_pairs(p);
-    const Block queries = take(&scratch, width, BLOCK), query_words = take(&scratch, width, BLOCK);
-    const Block strip = take(&scratch, ROWS, columns > BLOCK ? columns : BLOCK);
-    const Block mean = load_context(call, batch * p->heads + head, &scratch);
-    const Block context = over_rows(mean, take(&scratch, width, columns), pairs);
-    Span n;
-    for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
-        load(queries, flipped(rows_in(query, n)), 0.0f);
-        if (p->softmax) normalize(queries, p->key_channels, p->groups);
-        const Block weights = over_rows(queries, query_words, pairs);
-        write_product(pairs, weights, context, width, (Matrix){0}, output, n, strip, p->stream, query);
-    }
+    const Block mean = load_context(call, batch * call->p->heads + head, &scratch);
+    pass_over_queries(call, batch, head, chunk, mean, scratch);
 }
 
 /* rho_q(Q) mean. */
 int attend(const Problem *p, const View *query, const float *mean, const View *output) {
     Call call = {.p = p, .query = *query, .output = *output, .mean = mean, .chunks = chunks_of(p)};
-    int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    return for_chunks(&call, attend_chunk, 2 * BLOCK * width + ROWS * (BLOCK + columns) + 2 * width * columns);
+    return for_chunks(&call, attend_chunk, queries_floats(p));
 }
 
 static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {

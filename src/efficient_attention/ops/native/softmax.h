@@ -38,34 +38,34 @@ static void weigh(Block keys, const float *shift, float *total, int pairs) {
     }
 }
 
-/* Queries [padded(Dk), BLOCK] become their softmax over the channels of each group. */
+/* Queries [padded(Dk), .] become their softmax over the channels of each group. */
 static void normalize(Block queries, int64_t channels, int64_t groups) {
-    const int64_t size = channels / groups;
+    const int64_t size = channels / groups, row = queries.columns;
     for (int64_t first = 0; first < channels; first += size)
-        for (int64_t n = 0; n < BLOCK; n += LANES) {
+        for (int64_t n = 0; n < row; n += LANES) {
             float *x = row_of(queries, first) + n;
             vec largest = LOAD(x), total = SPLAT(0.0f);
-            for (int64_t c = 1; c < size; c++) largest = MAX(LOAD(x + c * BLOCK), largest);
+            for (int64_t c = 1; c < size; c++) largest = MAX(LOAD(x + c * row), largest);
             for (int64_t c = 0; c < size; c++) {
-                vec weight = exponential(LOAD(x + c * BLOCK) - largest);
-                STORE(x + c * BLOCK, weight);
+                vec weight = exponential(LOAD(x + c * row) - largest);
+                STORE(x + c * row, weight);
                 total += weight;
             }
             vec by = SPLAT(1.0f) / total;
-            for (int64_t c = 0; c < size; c++) STORE(x + c * BLOCK, LOAD(x + c * BLOCK) * by);
+            for (int64_t c = 0; c < size; c++) STORE(x + c * row, LOAD(x + c * row) * by);
         }
 }
 
-/* d_weights [padded(Dk), BLOCK] become d_queries, for weights that `normalize` has made. */
+/* d_weights [padded(Dk), .] become d_queries, for weights that `normalize` has made. */
 static void pull_back_queries(Block d_weights, Block weights, int64_t channels, int64_t groups) {
-    const int64_t size = channels / groups;
+    const int64_t size = channels / groups, row = weights.columns;
     for (int64_t first = 0; first < channels; first += size)
-        for (int64_t n = 0; n < BLOCK; n += LANES) {
+        for (int64_t n = 0; n < row; n += LANES) {
             float *d = row_of(d_weights, first) + n, *x = row_of(weights, first) + n;
             vec total = SPLAT(0.0f);
-            for (int64_t c = 0; c < size; c++) total = FMA(LOAD(d + c * BLOCK), LOAD(x + c * BLOCK), total);
+            for (int64_t c = 0; c < size; c++) total = FMA(LOAD(d + c * row), LOAD(x + c * row), total);
             for (int64_t c = 0; c < size; c++)
-                STORE(d + c * BLOCK, (LOAD(d + c * BLOCK) - total) * LOAD(x + c * BLOCK));
+                STORE(d + c * row, (LOAD(d + c * row) - total) * LOAD(x + c * row));
         }
 }
 

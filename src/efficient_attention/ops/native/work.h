@@ -16,13 +16,14 @@
 enum { RUN = 4 };
 
 /* The arguments of an operator; those that it does not take are zero. */
-typedef struct {
+typedef struct Call {
     const Problem *p;
     View key, value, mask, query, d_output, output, d_query, d_key, d_value;
     View x, added, d_x; /* of the module */
     const float *mean, *shift, *correction, *weight, *bias;
     float *partials;
     int64_t chunks, parts; /* of each head; sums that are made at a time, each of the size of a context */
+    const struct Call *then; /* what is done next with what a head has come to */
 } Call;
 
 typedef void (*Work)(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch);
@@ -35,6 +36,9 @@ INLINE Span block_in(const Problem *p, int64_t chunk, int64_t i) {
     if (i * BLOCK >= p->chunk || left < 0) left = 0;
     return (Span){start, left < BLOCK ? left : BLOCK};
 }
+
+/* Rows of a block that has these positions: as few whole vectors as hold them. */
+INLINE int64_t filled(Span n) { return padded(n.count); }
 
 /* ROWS of the positions of a block, from `first` on. */
 INLINE Span rows_of(Span n, int64_t first) {
@@ -113,8 +117,16 @@ static void merge(Partial a, Partial b) {
     }
 }
 
+/* Sums of a run of a chunk: those of the chunk itself, where it has one run. */
+INLINE Partial run_of(Partial whole, float **scratch, const Call *call) {
+    const Problem *p = call->p;
+    const int64_t longest = p->positions < p->chunk ? p->positions : p->chunk;
+    return longest <= RUN * BLOCK ? whole : take_partial(scratch, call);
+}
+
 /* whole += run after block i of a chunk, if the run or the chunk ends there; the next is relative to the same keys. */
 static void end_run(Partial whole, Partial run, const Problem *p, int64_t chunk, int64_t i) {
+    if (run.sums.data == whole.sums.data) return;
     if ((i + 1) % RUN != 0 && block_in(p, chunk, i + 1).count) return;
     merge(whole, run);
     clear(run, 0);

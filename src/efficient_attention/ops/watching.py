@@ -1,0 +1,30 @@
+"""Who could notice how a value is computed: only where nobody could may it be computed without PyTorch's dispatcher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def nobody_watches(*tensors: Tensor) -> bool:
+    """Whether only the values count of what is computed from plain tensors on a CPU, not how, and no gradient."""
+    return are_plain(*tensors) and not records(*tensors)
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors on a CPU, and nobody follows their operators, but perhaps for gradients."""
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._get_tracing_state() is not None
+    )
+    # A subclass or a parameter may be more than its values, and a negative view is other than what is in memory.
+    return not watched and all(type(x) is Tensor and x.is_cpu and not x.is_neg() for x in tensors)
+
+
+def records(*tensors: Tensor) -> bool:
+    """Whether gradients are recorded for one of them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
