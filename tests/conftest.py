@@ -43,5 +43,5 @@ def short_blocks(monkeypatch):
     """Blocks of 16 positions and of one sample, so that small inputs take many of them."""
     monkeypatch.setattr("efficient_attention.ops.planner.BLOCK_BYTES", 1)
     monkeypatch.setattr("efficient_attention.ops.planner.SHORTEST_BLOCK", 16)
-    for limit in ("PLAIN_BYTES", "PLAIN_BYTES_KEPT", "PLAIN_BYTES_FUSED"):
+    for limit in ("PLAIN_BYTES", "PLAIN_BYTES_KEPT"):
         monkeypatch.setattr(f"efficient_attention.ops.planner.{limit}", -1)

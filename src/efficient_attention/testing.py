@@ -17,6 +17,8 @@ __all__ = [
     "ModuleInputs",
     "assert_as_precise_as_plain",
     "assert_module_as_precise_as_plain",
+    "attention_results",
+    "layouts",
     "make_inputs",
     "make_module_inputs",
     "module_results",
@@ -57,6 +59,27 @@ def make_inputs(
     for x in (query, key, value):
         x.requires_grad_(requires_grad)
     return query, key, value
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same ``[B, H, N, D]`` in every layout that has a way of its own; between strided numbers is NaN."""
+    wide = torch.full((*x.shape[:3], 2 * x.shape[3] + 1), torch.nan, dtype=x.dtype)
+    wide[..., 1::2] = x
+    return {
+        "contiguous": x.contiguous(),
+        "token-major": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "channel-major": x.mT.contiguous().mT,
+        "strided": wide[..., 1::2],
+    }
+
+
+def attention_results(function: Callable, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The output of a function of query, key and value, and their gradients for one slope in every dtype."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    output = function(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    slope = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    return output, *torch.autograd.grad(output, leaves, slope)
 
 
 class ModuleInputs(NamedTuple):

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from efficient_attention.ops import native_build
+from efficient_attention.ops import native_build, native_short
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +31,15 @@ def kernels(request, libraries, monkeypatch):
     library = libraries(request.param)
     monkeypatch.setattr(native_build, "load", lambda: library)
     return library
+
+
+@pytest.fixture
+def two_passes(monkeypatch):
+    """Short inputs take the way of long ones."""
+    monkeypatch.setattr(native_short, "LONGEST", -1)
+
+
+@pytest.fixture(params=["at once", "in two passes"])
+def way(request):
+    if request.param == "in two passes":
+        request.getfixturevalue("two_passes")

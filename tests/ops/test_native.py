@@ -14,6 +14,8 @@ from efficient_attention.memory import peak_bytes
 from efficient_attention.ops import blocked, native_build, native_launch
 from efficient_attention.testing import (
     assert_as_precise_as_plain,
+    attention_results,
+    layouts,
     make_inputs,
     plain_attention,
     relative_error,
@@ -34,36 +36,15 @@ SIZES = [
 NAMES = ("output", "d_query", "d_key", "d_value")
 
 
-def with_gradients(function, inputs):
-    """The output, and the gradients of the inputs for a slope that is the same for every dtype."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    output = function(*leaves)
-    generator = torch.Generator().manual_seed(1)
-    slope = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    return output, *torch.autograd.grad(output, leaves, slope)
-
-
 def by(backend, **options):
     return functools.partial(efficient_attention, order="linear", backend=backend, **options)
 
 
 def assert_precise(got, inputs, mask=None, normalization="softmax"):
     plain = functools.partial(plain_attention, key_mask=mask, normalization=normalization)
-    low, exact = (with_gradients(plain, x) for x in (inputs, [x.double() for x in inputs]))
+    low, exact = (attention_results(plain, x) for x in (inputs, [x.double() for x in inputs]))
     for results in zip(got, low, exact, NAMES, strict=True):
         assert_as_precise_as_plain(*results)
-
-
-def layouts(x):
-    """The same ``[B, H, N, D]`` tensor: contiguous, token-major, channel-major, strided."""
-    wide = torch.full((*x.shape[:3], 2 * x.shape[3] + 1), torch.nan, dtype=x.dtype)
-    wide[..., 1::2] = x
-    return {
-        "contiguous": x.contiguous(),
-        "token-major": x.transpose(1, 2).contiguous().transpose(1, 2),
-        "channel-major": x.mT.contiguous().mT,
-        "strided": wide[..., 1::2],
-    }
 
 
 @served
@@ -72,14 +53,14 @@ def layouts(x):
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_and_gradients_are_as_precise_as_a_plain_run(
-    dtype, normalization, sizes, masked, kernels
+    dtype, normalization, sizes, masked, kernels, way
 ):
     query, key, value = make_inputs(*sizes, dtype=dtype)
     mask = None
     if masked:
         mask = torch.rand(sizes[0], sizes[3]) > 0.3
         mask[:, 0] = True
-    got = with_gradients(
+    got = attention_results(
         by("native", key_mask=mask, normalization=normalization), (query, key, value)
     )
     assert_precise(got, (query, key, value), mask, normalization)
@@ -88,11 +69,11 @@ def test_values_and_gradients_are_as_precise_as_a_plain_run(
 @served
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "token-major", "channel-major", "strided"])
-def test_memory_layout_changes_no_bit_and_is_kept(dtype, layout, kernels):
+def test_memory_layout_changes_no_bit_and_is_kept(dtype, layout, kernels, way):
     inputs = make_inputs(2, 3, 150, 90, 40, 24, dtype=dtype)
-    expected = with_gradients(by("native"), inputs)
+    expected = attention_results(by("native"), inputs)
     laid_out = [layouts(x)[layout] for x in inputs]
-    got = with_gradients(by("native"), laid_out)
+    got = attention_results(by("native"), laid_out)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     if layout in ("token-major", "channel-major"):
         assert got[0].stride() == layouts(torch.empty(got[0].shape))[layout].stride()
@@ -103,15 +84,17 @@ def test_memory_layout_changes_no_bit_and_is_kept(dtype, layout, kernels):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("layout", ["contiguous", "channel-major"])
-def test_padding_may_hold_anything(dtype, normalization, layout, kernels):
+def test_padding_may_hold_anything(dtype, normalization, layout, kernels, way):
     query, key, value = make_inputs(keys=3000, key_channels=16, value_channels=16, dtype=dtype)
     mask = torch.rand(2, 3, 3000) > 0.5
-    expected = with_gradients(
+    expected = attention_results(
         by("native", key_mask=mask, normalization=normalization), (query, key, value)
     )
     padding = ~mask.unsqueeze(-1)
     padded = [layouts(x.masked_fill(padding, torch.nan))[layout] for x in (key, value)]
-    got = with_gradients(by("native", key_mask=mask, normalization=normalization), (query, *padded))
+    got = attention_results(
+        by("native", key_mask=mask, normalization=normalization), (query, *padded)
+    )
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert not got[2].masked_select(padding).any()
     assert not got[3].masked_select(padding).any()
@@ -119,11 +102,11 @@ def test_padding_may_hold_anything(dtype, normalization, layout, kernels):
 
 @served
 @pytest.mark.parametrize("mask_shape", [(53,), (1, 53), (1, 3, 53), (2, 53), (2, 1, 53)])
-def test_masks_of_every_shape_match_the_oracle(mask_shape, kernels):
+def test_masks_of_every_shape_match_the_oracle(mask_shape, kernels, way):
     inputs = make_inputs(dtype=torch.float32)
     mask = torch.rand(mask_shape) > 0.4
-    got = with_gradients(by("native", key_mask=mask), inputs)
-    expected = with_gradients(by("reference", key_mask=mask), [x.double() for x in inputs])
+    got = attention_results(by("native", key_mask=mask), inputs)
+    expected = attention_results(by("reference", key_mask=mask), [x.double() for x in inputs])
     for result, truth in zip(got, expected, strict=True):
         assert relative_error(result, truth) < 1e-6
 
@@ -131,10 +114,10 @@ def test_masks_of_every_shape_match_the_oracle(mask_shape, kernels):
 @served
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 3, 4, 4), (2, 1, 0, 5, 4, 3), (1, 2, 5, 0, 4, 3)])
-def test_nothing_in_gives_nothing_out(normalization, sizes, kernels):
+def test_nothing_in_gives_nothing_out(normalization, sizes, kernels, way):
     inputs = make_inputs(*sizes, dtype=torch.float32)
-    got = with_gradients(by("native", normalization=normalization), inputs)
-    expected = with_gradients(by("reference", normalization=normalization), inputs)
+    got = attention_results(by("native", normalization=normalization), inputs)
+    expected = attention_results(by("reference", normalization=normalization), inputs)
     torch.testing.assert_close(got, expected)
     context = summarize(*inputs[1:], normalization=normalization, backend="native")
     if sizes[3] == 0:
@@ -143,19 +126,19 @@ def test_nothing_in_gives_nothing_out(normalization, sizes, kernels):
 
 
 @served
-def test_a_channel_without_weight_is_empty_and_its_gradients_finite(kernels):
+def test_a_channel_without_weight_is_empty_and_its_gradients_finite(kernels, way):
     query, key, value = make_inputs(keys=2100, dtype=torch.float32)
     key[:, :, :, 3] = -torch.inf
     context = summarize(key, value, backend="native")
     assert (context.log_weight[..., 3] == -torch.inf).all()
     assert not context.mean[..., 3, :].any()
-    for x in with_gradients(by("native"), (query, key, value)):
+    for x in attention_results(by("native"), (query, key, value)):
         assert x.isfinite().all()
 
 
 @served
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_keys_that_are_not_numbers_show(dtype, kernels):
+def test_keys_that_are_not_numbers_show(dtype, kernels, way):
     query, key, value = make_inputs(dtype=dtype)
     key[0, 0, 7] = torch.nan
     output = efficient_attention(query, key, value, backend="native")
@@ -174,10 +157,10 @@ def test_the_largest_key_may_come_in_any_block(kernels):
 
 @served
 @pytest.mark.parametrize("offset", [100, 10_000])
-def test_gradients_stay_precise_where_keys_are_large(offset, kernels):
+def test_gradients_stay_precise_where_keys_are_large(offset, kernels, way):
     query, key, value = make_inputs(keys=500, dtype=torch.float32)
     inputs = (query, key + offset, value)
-    assert_precise(with_gradients(by("native"), inputs), inputs)
+    assert_precise(attention_results(by("native"), inputs), inputs)
 
 
 @served
@@ -221,10 +204,10 @@ def test_threads_and_batch_mates_change_no_bit(dtype, kernels):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(with_gradients(by("native"), inputs))
+        results.append(attention_results(by("native"), inputs))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
-    alone = with_gradients(by("native"), [x[1:2] for x in inputs])[0]
+    alone = attention_results(by("native"), [x[1:2] for x in inputs])[0]
     torch.testing.assert_close(alone, results[0][0][1:2], rtol=0, atol=0)
 
 
@@ -266,10 +249,10 @@ def test_takes_no_memory_that_torch_sees_but_for_what_it_returns(kernels):
 
 
 @served
-def test_compiles_as_one_graph_and_gives_the_same(kernels):
+def test_compiles_as_one_graph_and_gives_the_same(kernels, two_passes):
     inputs = make_inputs(dtype=torch.float32)
     compiled = torch.compile(by("native"), fullgraph=True, backend="aot_eager")
-    got, expected = (with_gradients(f, inputs) for f in (compiled, by("native")))
+    got, expected = (attention_results(f, inputs) for f in (compiled, by("native")))
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
@@ -277,14 +260,14 @@ def test_compiles_as_one_graph_and_gives_the_same(kernels):
 def test_auto_takes_them_where_somebody_has_built_them(kernels, monkeypatch):
     inputs = make_inputs(1, 4, 20_000, 20_000, 32, 32, dtype=torch.float32)
     auto, plain = by("auto"), torch.no_grad()(by("auto"))
-    before = auto(*inputs), *with_gradients(auto, inputs), plain(*inputs)
+    before = auto(*inputs), *attention_results(auto, inputs), plain(*inputs)
     with torch.no_grad():
         mean, *_ = blocked.summarize(*inputs[1:], None, "softmax")
         expected = blocked.attend(inputs[0], mean, "softmax", 1)
     torch.testing.assert_close(before[0], expected, rtol=0, atol=0)
     monkeypatch.setattr(native_build, "is_built", lambda: True)
-    native = with_gradients(by("native"), inputs)
-    after = auto(*inputs), *with_gradients(auto, inputs), plain(*inputs)
+    native = attention_results(by("native"), inputs)
+    after = auto(*inputs), *attention_results(auto, inputs), plain(*inputs)
     torch.testing.assert_close(after, (native[0], *native, native[0]), rtol=0, atol=0)
     assert not torch.equal(after[0], before[0])
 

@@ -91,8 +91,9 @@ def efficient_attention(
 
     Paper: Shen et al. 2021, Sec. 3.2.
     """
-    if backend == "auto":
-        output = short.efficient_attention(query, key, value, key_mask, normalization, order)
+    if backend in ("auto", "native"):
+        options = normalization, order, backend
+        output = short.efficient_attention(query, key, value, key_mask, *options)
         if output is not None:
             if out is None:
                 return output

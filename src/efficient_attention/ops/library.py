@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import AUTO_ON_CUDA, implementation
+from .differentiation import pull_back
 from .flops import register_when_counting
 from .layout import empty_gradient, empty_output
 from .precision import accumulation_dtype
@@ -141,7 +142,7 @@ class _Summarize(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
             d_log_weight = torch.zeros_like(total) if d_log_weight is None else d_log_weight
-            gradients = _pull_back(
+            gradients = pull_back(
                 lambda k, v: reference.summarize(k, v, key_mask, ctx.normalization),
                 (key, value),
                 (d_mean, d_log_weight),
@@ -170,7 +171,7 @@ class _Attend(torch.autograd.Function):
         query, mean = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            gradients = _pull_back(
+            gradients = pull_back(
                 lambda q, c: reference.attend(q, c, *ctx.options), (query, mean), d_output, needs
             )
         else:
@@ -230,25 +231,11 @@ def _pull_back_module(
         return reference.module(x, source, key_mask, parameters[:4], parameters[4:], *options)
 
     differentiable = [n and not (idle and i == key_bias) for i, n in enumerate(needed)]
-    gradients = list(_pull_back(plain, inputs, d_output, differentiable))
+    gradients = list(pull_back(plain, inputs, d_output, differentiable))
     bias = inputs[key_bias]
     if idle and bias is not None:
         gradients[key_bias] = torch.zeros_like(bias)
     return tuple(gradients)
-
-
-def _pull_back(
-    function: Callable, inputs: tuple[Tensor | None, ...], d_outputs: Any, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of ``function(*inputs)`` with respect to the inputs that need one."""
-
-    def of_variables(*variables: Tensor) -> Any:
-        given = iter(variables)
-        return function(*(next(given) if n else x for x, n in zip(inputs, needs, strict=True)))
-
-    variables = [x for x, n in zip(inputs, needs, strict=True) if n]
-    found = iter(torch.func.vjp(of_variables, *variables)[1](d_outputs))
-    return tuple(next(found) if n else None for n in needs)
 
 
 def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ LONGEST = SHORTEST
 # Keys of the quadratic order: one block of the kernels.
 _MOST_QUADRATIC = 64
 
+_TENSORS = ("query", "key", "value", "mask", "output", "d_query", "d_key", "d_value")
 _Layout = tuple[int, ...]
 
 
@@ -28,7 +30,7 @@ class _Short(ctypes.Structure):
 
     _fields_ = [
         *((name, Problem) for name in ("keys", "queries")),
-        *((name, View) for name in ("query", "key", "value", "mask", "output")),
+        *((name, View) for name in _TENSORS),
         ("quadratic", ctypes.c_int64),
     ]
 
@@ -43,33 +45,56 @@ def efficient_attention(
 ) -> Tensor:
     """``rho_q(Q) rho_k(K)^T V``, ``[B, H, N, Dv]``; ``quadratic``: perhaps in the quadratic order."""
     output = empty_output(query, value.shape[3])
-    # One row or head of a mask is read again for each: its stride is 0.
-    mask = None if key_mask is None else key_mask.expand(key.shape[:3]).unsqueeze(-1)
-    sizes = _sizes(
-        *(query.shape, key.shape[2], value.shape[3], query.dtype, normalization, quadratic),
-        *(query.stride(), key.stride(), value.stride(), None if mask is None else mask.stride()),
-        *(output.stride(), torch.get_num_threads()),
-    )
-    run("efficient_attention", sizes, *map(address, (query, key, value, mask, output)))
+    given = query, key, value, _spread(key_mask, key), output
+    sizes = _sizes(normalization, quadratic, given)
+    run("efficient_attention", sizes, *map(address, given))
     return output
 
 
+def efficient_attention_backward(
+    d_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    normalization: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key and value, in their dtypes and layouts; ``None`` where ``needs`` is false."""
+    inputs = query, key, value
+    gradients = [torch.empty_like(x) if n else None for x, n in zip(inputs, needs, strict=True)]
+    given = *inputs, _spread(key_mask, key), d_output, *gradients
+    sizes = _sizes(normalization, False, given)
+    run("efficient_attention_backward", sizes, *map(address, given))
+    return tuple(gradients)
+
+
+def _spread(key_mask: Tensor | None, key: Tensor) -> Tensor | None:
+    # One row or head of a mask is read again for each: its stride is 0.
+    return None if key_mask is None else key_mask.expand(key.shape[:3]).unsqueeze(-1)
+
+
+def _sizes(normalization: str, quadratic: bool, given: Sequence[Tensor | None]) -> Argument:
+    query, _, value, *_ = given
+    assert query is not None
+    assert value is not None
+    kind = query.dtype, normalization, quadratic, torch.get_num_threads()
+    layouts = [None if x is None else x.stride() for x in given]
+    return _structure(*kind, query.shape, value.shape, *layouts)
+
+
 @functools.lru_cache(maxsize=1024)
-def _sizes(
-    shape: torch.Size,
-    keys: int,
-    value_channels: int,
+def _structure(
     dtype: torch.dtype,
     normalization: str,
     quadratic: bool,
-    query: _Layout,
-    key: _Layout,
-    value: _Layout,
-    mask: _Layout | None,
-    output: _Layout,
     threads: int,
+    query: torch.Size,
+    value: torch.Size,
+    *layouts: _Layout | None,
 ) -> Argument:
-    batch, heads, queries, key_channels = shape
+    batch, heads, queries, key_channels = query
+    keys, value_channels = value[2:]
     kinds = {"bfloat16": dtype == torch.bfloat16, "softmax": normalization == "softmax"}
     problems = (
         Problem(
@@ -79,5 +104,6 @@ def _sizes(
         )
         for positions in (keys, queries)
     )
-    views = (View(None, *(stride or ())) for stride in (query, key, value, mask, output))
+    views = [View(None, *(layout or ())) for layout in layouts]
+    views += [View()] * (len(_TENSORS) - len(views))
     return ctypes.byref(_Short(*problems, *views, quadratic and keys <= _MOST_QUADRATIC))

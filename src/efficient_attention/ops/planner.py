@@ -34,8 +34,6 @@ SHORTEST_BLOCK = 256
 # gradients they are kept, one pair for each layer of a network, and blocks pay sooner.
 PLAIN_BYTES = 32 << 20
 PLAIN_BYTES_KEPT = 8 << 20
-# The same where one kernel does what takes many operators on blocks.
-PLAIN_BYTES_FUSED = 3 << 20
 # Longer sums are taken in blocks in any case, for their rounding.
 PLAIN_KEYS = 8192
 
@@ -255,14 +253,13 @@ def plain_is_cheaper(
     itemsize: int,
     *,
     kept: bool,
-    fused: bool,
 ) -> bool:
     """Whether few plain operators are faster than blocks, for so many maps (batch times heads).
 
-    ``kept``: for a backward pass; ``fused``: one kernel computes the blocks.
+    ``kept``: for a backward pass.
     """
     weights = maps * (queries + keys) * key_channels * itemsize
-    limit = PLAIN_BYTES_FUSED if fused else PLAIN_BYTES_KEPT if kept else PLAIN_BYTES
+    limit = PLAIN_BYTES_KEPT if kept else PLAIN_BYTES
     return keys <= PLAIN_KEYS and weights <= limit
 
 

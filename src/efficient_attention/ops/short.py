@@ -1,17 +1,19 @@
 """Short problems on a CPU, where starting operators is what costs: few of them, or one kernel, past the dispatcher.
 
-Serves plain tensors that nobody watches, but for gradients. Whatever it does not serve, it leaves alone, errors included.
+Serves plain tensors that nobody watches, but for gradients. What it does not serve it leaves alone, errors included.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from . import native_launch, native_short, plain
+from . import native_launch, native_short, plain, reference
 from .arguments import canonical_mask
+from .differentiation import pull_back
 from .planner import plain_is_cheaper, quadratic_is_cheaper
 from .precision import DTYPES, product_dtype
-from .watching import are_plain, records
+from .watching import are_plain, nobody_watches, records
 
 
 def efficient_attention(
@@ -21,6 +23,7 @@ def efficient_attention(
     key_mask: Tensor | None,
     normalization: str,
     order: str,
+    backend: str,
 ) -> Tensor | None:
     """``rho_q(Q) rho_k(K)^T V``, ``[B, H, N, Dv]``, in the order named or with fewer multiply-adds; or ``None``."""
     given = (query, key, value) if key_mask is None else (query, key, value, key_mask)
@@ -31,17 +34,56 @@ def efficient_attention(
     batch, heads, queries, channels = query.shape
     keys = key.shape[2]
     quadratic = order == "auto" and quadratic_is_cheaper(queries, keys, channels, value.shape[3])
-    recorded, kernels = records(query, key, value), native_launch.is_preferred(query)
-    if kernels and not recorded:
+    recorded = records(query, key, value)
+    if _goes_to_kernels(query, backend):
         if max(queries, keys) > native_short.LONGEST:
             return None
-        mask = canonical_mask(key_mask, key)
-        return native_short.efficient_attention(query, key, value, mask, normalization, quadratic)
+        arguments = query, key, value, canonical_mask(key_mask, key), normalization, quadratic
+        run = _Kernels.apply if recorded else native_short.efficient_attention
+        return run(*arguments)
+    if backend == "native" or key_mask is not None:
+        return None
     itemsize = product_dtype(query.dtype).itemsize
-    sizes = batch * heads, queries, keys, channels, itemsize
-    if key_mask is None and plain_is_cheaper(*sizes, kept=recorded, fused=kernels):
+    if plain_is_cheaper(batch * heads, queries, keys, channels, itemsize, kept=recorded):
         return plain.efficient_attention(query, key, value, normalization, quadratic)
     return None
+
+
+class _Kernels(torch.autograd.Function):
+    """The kernels, and theirs for the gradients."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, key_mask, normalization, quadratic):
+        ctx.save_for_backward(query, key, value, key_mask)
+        ctx.normalization = normalization
+        return native_short.efficient_attention(
+            query, key, value, key_mask, normalization, quadratic
+        )
+
+    @staticmethod
+    def backward(ctx, d_output):
+        query, key, value, key_mask = ctx.saved_tensors
+        inputs = query, key, value
+        needs = ctx.needs_input_grad[:3]
+        if nobody_watches(d_output, *inputs):
+            gradients = native_short.efficient_attention_backward(
+                d_output, *inputs, key_mask, ctx.normalization, needs
+            )
+        else:  # the gradient itself will be differentiated, or is one of many
+            rest = key_mask, ctx.normalization
+            gradients = pull_back(
+                lambda q, k, v: reference.attend(q, reference.summarize(k, v, *rest)[0], rest[1]),
+                inputs,
+                d_output,
+                needs,
+            )
+        return *gradients, None, None, None
+
+
+def _goes_to_kernels(query: Tensor, backend: str) -> bool:
+    if backend == "native":
+        return native_launch.why_not(query) is None
+    return native_launch.is_preferred(query)
 
 
 def _are_right(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -21,10 +21,16 @@ def are_plain(*tensors: Tensor) -> bool:
         or torch.is_autocast_enabled("cpu")
         or torch._C._get_tracing_state() is not None
     )
-    # A subclass or a parameter may be more than its values, and a negative view is other than what is in memory.
-    return not watched and all(type(x) is Tensor and x.is_cpu and not x.is_neg() for x in tensors)
+    return not watched and all(map(_is_its_memory, tensors))
 
 
 def records(*tensors: Tensor) -> bool:
     """Whether gradients are recorded for one of them."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _is_its_memory(x: Tensor) -> bool:
+    # A subclass or a parameter may be more than its values; a negative view is other than what is in memory; and
+    # one of a batch of gradients (``torch.autograd.grad(..., is_grads_batched=True)``) has none of its own.
+    plain = type(x) is Tensor and x.is_cpu and not x.is_neg()
+    return plain and not torch._C._functorch.is_legacy_batchedtensor(x)

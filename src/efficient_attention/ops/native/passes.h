@@ -5,7 +5,7 @@
 #include "softmax.h"
 
 /* A chunk of the keys and values of a head is added to a context. */
-static void pass_over_keys(const Call *call, int64_t batch, int64_t head, int64_t chunk, Partial context, float *scratch) {
+static void over_keys(const Call *call, int64_t batch, int64_t head, int64_t chunk, Partial context, float *scratch) {
     const Problem *p = call->p;
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
     const Matrix key = head_of(&call->key, batch, head, p->key_channels, p);
@@ -37,12 +37,12 @@ static void pass_over_keys(const Call *call, int64_t batch, int64_t head, int64_
     }
 }
 
-INLINE int64_t keys_floats(const Problem *p) {
+INLINE int64_t over_keys_floats(const Problem *p) {
     return 2 * BLOCK * (padded(p->key_channels) + padded(p->value_channels));
 }
 
 /* A chunk of the queries of a head attends to its context. */
-static void pass_over_queries(const Call *call, int64_t batch, int64_t head, int64_t chunk, Block mean, float *scratch) {
+static void over_queries(const Call *call, int64_t batch, int64_t head, int64_t chunk, Block mean, float *scratch) {
     const Problem *p = call->p;
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
     const Matrix query = head_of(&call->query, batch, head, p->key_channels, p);
@@ -61,9 +61,115 @@ static void pass_over_queries(const Call *call, int64_t batch, int64_t head, int
     }
 }
 
-INLINE int64_t queries_floats(const Problem *p) {
+INLINE int64_t over_queries_floats(const Problem *p) {
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    return 2 * BLOCK * width + ROWS * (BLOCK + columns) + 2 * width * columns;
+    return 2 * BLOCK * width + ROWS * (BLOCK + columns) + width * columns;
+}
+
+/* Slopes [ROWS, padded(Dk)] of the weights become those of the keys. */
+static void pull_back_keys(Block slope, const float *weights, const float *correction) {
+    for (int64_t r = 0; r < slope.rows; r++)
+        for (int64_t c = 0; c < slope.columns; c += LANES) {
+            float *x = row_of(slope, r) + c;
+            STORE(x, (LOAD(x) - LOAD(correction + c)) * LOAD(weights + r * slope.columns + c));
+        }
+}
+
+/* Gradients of a chunk of the keys and values of a head; d_mean and correction are over total. */
+static void back_over_keys(const Call *call, int64_t batch, int64_t head, int64_t chunk, Block d_mean,
+                           const float *shift, const float *correction, float *scratch) {
+    const Problem *p = call->p;
+    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
+    const Matrix key = head_of(&call->key, batch, head, p->key_channels, p);
+    const Matrix value = head_of(&call->value, batch, head, p->value_channels, p);
+    const Matrix d_key = head_of(&call->d_key, batch, head, p->key_channels, p);
+    const Matrix d_value = head_of(&call->d_value, batch, head, p->value_channels, p);
+    const Matrix mask = mask_of(&call->mask, batch, head);
+    const float nothing = p->softmax ? -INFINITY : 0.0f;
+    const int pairs = in_pairs(p);
+    Block keys = take(&scratch, BLOCK, width), key_words = take(&scratch, BLOCK, width);
+    Block values = take(&scratch, BLOCK, columns), value_words = take(&scratch, BLOCK, columns);
+    const Block slope = take(&scratch, ROWS, width), d_values = take(&scratch, ROWS, columns);
+    const Block there = over_rows(d_mean, take(&scratch, width, columns), pairs);
+    const Block turned = take(&scratch, columns, width);
+    load(turned, flipped(matrix(d_mean.data, width, columns)), 0.0f);
+    const Block back = over_rows(turned, take(&scratch, columns, width), pairs);
+    Span n;
+    for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
+        keys.rows = values.rows = filled(n);
+        load(keys, rows_in(key, n), nothing);
+        silence(keys, mask, n, nothing);
+        if (p->softmax) weigh(keys, shift, NULL, 0);
+        const Left weights = over_columns(keys, key_words, pairs);
+        for (int64_t r = 0; d_value.data && r < n.count; r += ROWS) {
+            fetch(key, n, r / ROWS, keys.rows / ROWS);
+            product(pairs, weights, r, there, width, d_values.data);
+            store(d_values, rows_in(d_value, rows_of(n, r)), p->stream);
+        }
+        if (!d_key.data) continue;
+        load(values, rows_in(value, n), 0.0f);
+        silence(values, mask, n, 0.0f);
+        const Left left = over_columns(values, value_words, pairs);
+        for (int64_t r = 0; r < n.count; r += ROWS) {
+            fetch(value, n, r / ROWS, keys.rows / ROWS);
+            product(pairs, left, r, back, columns, slope.data);
+            if (p->softmax) pull_back_keys(slope, row_of(keys, r), correction);
+            store(slope, rows_in(d_key, rows_of(n, r)), p->stream);
+        }
+    }
+}
+
+INLINE int64_t back_over_keys_floats(const Problem *p) {
+    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
+    return (2 * BLOCK + ROWS) * (width + columns) + 3 * width * columns;
+}
+
+/* Gradients of a chunk of the queries of a head, and of its context where there is a sum for them. */
+static void back_over_queries(const Call *call, int64_t batch, int64_t head, int64_t chunk, Block mean, Partial d_mean,
+                              float *scratch) {
+    const Problem *p = call->p;
+    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
+    const Matrix query = head_of(&call->query, batch, head, p->key_channels, p);
+    const Matrix d_query = head_of(&call->d_query, batch, head, p->key_channels, p);
+    const Matrix d_output = head_of(&call->d_output, batch, head, p->value_channels, p);
+    const int pairs = in_pairs(p);
+    Block weights = take(&scratch, width, BLOCK), weight_words = take(&scratch, width, BLOCK);
+    Block slope = take(&scratch, width, BLOCK);
+    Block d_out = take(&scratch, BLOCK, columns), d_out_words = take(&scratch, BLOCK, columns);
+    Block by_channels = {d_out.data, columns, BLOCK}, by_channels_words = {d_out_words.data, columns, BLOCK};
+    const Left context = over_columns(mean, take(&scratch, width, columns), pairs);
+    const int summed = d_mean.sums.data != NULL;
+    const Partial run = summed ? run_of(d_mean, &scratch, call) : d_mean;
+    if (summed) clear(d_mean, 0), clear(run, 0);
+    Span n;
+    for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
+        weights.columns = weight_words.columns = slope.columns = filled(n);
+        d_out.rows = by_channels.columns = by_channels_words.columns = filled(n);
+        load(weights, flipped(rows_in(query, n)), 0.0f);
+        if (p->softmax) normalize(weights, p->key_channels, p->groups);
+        if (summed) {
+            const Left left = over_columns(weights, weight_words, pairs);
+            const Block right = load_over_rows(d_out, d_out_words, rows_in(d_output, n), pairs);
+            for (int64_t c = 0; c < width; c += ROWS) {
+                fetch(d_output, n, c / ROWS, width / ROWS);
+                add_product(pairs, left, c, right, d_out.rows, row_of(run.sums, c));
+            }
+            end_run(d_mean, run, p, chunk, i);
+        }
+        if (!d_query.data) continue;
+        const Block right = load_over_rows(by_channels, by_channels_words, flipped(rows_in(d_output, n)), pairs);
+        for (int64_t c = 0; c < width; c += ROWS) {
+            fetch(query, n, c / ROWS, width / ROWS);
+            product(pairs, context, c, right, columns, row_of(slope, c));
+        }
+        if (p->softmax) pull_back_queries(slope, weights, p->key_channels, p->groups);
+        store(slope, flipped(rows_in(d_query, n)), p->stream);
+    }
+}
+
+INLINE int64_t back_over_queries_floats(const Problem *p) {
+    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
+    return BLOCK * (3 * width + 2 * columns) + width * columns;
 }
 
 #endif

@@ -1,4 +1,5 @@
-/* Efficient attention of short inputs: each head at once, from its queries, keys and values to its output.
+/* Efficient attention of short inputs: each head at once, from its queries, keys and values to its output, or from the
+ * gradient of that to theirs.
  *
  * Keys and queries are one chunk each, so that neither contexts nor sums of chunks are in memory.
  */
@@ -7,8 +8,8 @@
 /* Sizes and strides; keys and queries differ in their positions alone. As in native_calls.py. */
 typedef struct {
     Problem keys, queries;
-    View query, key, value, mask, output; /* without their memory */
-    int64_t quadratic;                    /* (rho_q(Q) rho_k(K)^T) V, for keys of one block */
+    View query, key, value, mask, output, d_query, d_key, d_value; /* without their memory; output: or its gradient */
+    int64_t quadratic; /* (rho_q(Q) rho_k(K)^T) V, for keys of one block */
 } Short;
 
 /* What keys are divided by: their sums, or how many there are; where nothing has any weight, 1. */
@@ -22,22 +23,30 @@ static void divisors(const Call *call, int64_t batch, int64_t head, float *total
     }
 }
 
-static void linear(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
-    const Partial context = take_partial(&scratch, call);
+/* The means of a head's values, relative to shift and total. */
+static void summarize_head(const Call *call, int64_t batch, int64_t head, Partial context, float *scratch) {
     const Block sums = context.sums;
-    pass_over_keys(call, batch, head, chunk, context, scratch);
+    over_keys(call, batch, head, 0, context, scratch);
     divisors(call, batch, head, context.total, sums.rows);
     for (int64_t c = 0; c < sums.rows; c++) {
         const vec by = SPLAT(1.0f / context.total[c]);
         for (int64_t e = 0; e < sums.columns; e += LANES)
             STORE(row_of(sums, c) + e, LOAD(row_of(sums, c) + e) * by);
     }
-    pass_over_queries(call->then, batch, head, chunk, sums, scratch);
+}
+
+INLINE int64_t summarize_head_floats(const Call *call) { return over_keys_floats(call->p) + partial_floats(call); }
+
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static void linear(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+    const Partial context = take_partial(&scratch, call);
+    summarize_head(call, batch, head, context, scratch);
+    over_queries(call->then, batch, head, chunk, context.sums, scratch);
 }
 
 INLINE int64_t linear_floats(const Call *call) {
-    const int64_t of_keys = keys_floats(call->p) + partial_floats(call), of_queries = queries_floats(call->then->p);
-    return partial_floats(call) + (of_keys > of_queries ? of_keys : of_queries);
+    return partial_floats(call) + larger(summarize_head_floats(call), over_queries_floats(call->then->p));
 }
 
 static void quadratic(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
@@ -89,12 +98,52 @@ INLINE int64_t quadratic_floats(const Problem *p) {
     return BLOCK * (4 * width + 2 * columns + 2 * BLOCK) + 2 * width + ROWS * (BLOCK + columns);
 }
 
+static void backward(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+    const Partial context = take_partial(&scratch, call), wanted = take_partial(&scratch, call);
+    const int of_keys = call->d_key.data || call->d_value.data;
+    const Partial d_mean = of_keys ? wanted : (Partial){0};
+    summarize_head(call, batch, head, context, scratch);
+    back_over_queries(call->then, batch, head, chunk, context.sums, d_mean, scratch);
+    if (!of_keys) return;
+    float *correction = d_mean.total;
+    for (int64_t c = 0; c < context.sums.rows; c++) {
+        const vec by = SPLAT(1.0f / context.total[c]);
+        vec product = SPLAT(0.0f);
+        for (int64_t e = 0; e < context.sums.columns; e += LANES) {
+            float *d = row_of(d_mean.sums, c) + e;
+            STORE(d, LOAD(d) * by);
+            product = FMA(LOAD(d), LOAD(row_of(context.sums, c) + e), product);
+        }
+        correction[c] = 0.0f;
+        for (int i = 0; i < LANES; i++) correction[c] += product[i];
+    }
+    back_over_keys(call, batch, head, chunk, d_mean.sums, context.shift, correction, scratch);
+}
+
+INLINE int64_t backward_floats(const Call *call) {
+    const int64_t over_queries = back_over_queries_floats(call->then->p) + partial_floats(call);
+    const int64_t longest = larger(over_queries, back_over_keys_floats(call->p));
+    return 2 * partial_floats(call) + larger(longest, summarize_head_floats(call));
+}
+
 /* rho_q(Q) rho_k(K)^T V [batch, heads, N, Dv]. */
 int efficient_attention(const Short *s, char *query, char *key, char *value, char *mask, char *output) {
-    Call queries = {.p = &s->queries, .query = s->query, .output = s->output};
+    Call queries = {.p = &s->queries, .parts = 1, .query = s->query, .output = s->output};
     queries.query.data = query, queries.output.data = output;
     Call call = {.p = &s->keys, .chunks = 1, .parts = 1, .key = s->key, .value = s->value, .mask = s->mask};
     call.key.data = key, call.value.data = value, call.mask.data = mask, call.then = &queries;
     if (s->quadratic) return for_chunks(&call, quadratic, quadratic_floats(&s->keys));
     return for_chunks(&call, linear, linear_floats(&call));
+}
+
+/* Its gradients, laid out as the inputs are, and with respect to those for which there is memory. */
+int efficient_attention_backward(const Short *s, char *query, char *key, char *value, char *mask, char *d_output,
+                                 char *d_query, char *d_key, char *d_value) {
+    Call queries = {.p = &s->queries, .parts = 1, .query = s->query, .d_output = s->output, .d_query = s->d_query};
+    queries.query.data = query, queries.d_output.data = d_output, queries.d_query.data = d_query;
+    Call call = {.p = &s->keys, .chunks = 1, .parts = 1, .key = s->key, .value = s->value, .mask = s->mask};
+    call.d_key = s->d_key, call.d_value = s->d_value;
+    call.key.data = key, call.value.data = value, call.mask.data = mask, call.then = &queries;
+    call.d_key.data = d_key, call.d_value.data = d_value;
+    return for_chunks(&call, backward, backward_floats(&call));
 }

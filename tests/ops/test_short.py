@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_attention import efficient_attention
-from efficient_attention.ops import plain, planner
+from efficient_attention.ops import planner, short, watching
 from efficient_attention.testing import (
     assert_as_precise_as_plain,
     make_inputs,
@@ -14,7 +14,7 @@ from efficient_attention.testing import (
 
 
 def served(*inputs, normalization="softmax", order="auto"):
-    return plain.efficient_attention(*inputs, normalization, order)
+    return short.efficient_attention(*inputs, None, normalization, order, "auto")
 
 
 @pytest.mark.parametrize("normalization", ["softmax", "scaling"])
@@ -86,16 +86,12 @@ def test_what_is_not_right_is_left_to_whoever_says_so():
         efficient_attention(query, key, value, normalization="other")
 
 
-def test_long_problems_and_those_that_somebody_watches_are_left_alone(monkeypatch):
+def test_long_problems_and_those_that_somebody_watches_are_left_alone():
     inputs = make_inputs(1, 16, 8193, 8192, 32, 32, dtype=torch.float32)
     assert served(*inputs) is None
     inputs = make_inputs(1, 16, 8192, 8192, 32, 32, dtype=torch.float32)
     assert served(*inputs) is not None
     assert served(*make_inputs(1, 1, 8192, 8193, 32, 32, dtype=torch.float32)) is None
-    with monkeypatch.context() as patch:
-        patch.setattr("efficient_attention.ops.native_build.is_built", lambda: True)
-        assert served(*inputs) is None
-        assert served(*make_inputs(dtype=torch.float32)) is not None
     # With gradients what is kept counts.
     inputs[0].requires_grad_()
     assert served(*inputs) is None
@@ -108,11 +104,11 @@ def test_long_problems_and_those_that_somebody_watches_are_left_alone(monkeypatc
     with torch.autograd.forward_ad.dual_level():
         assert served(*inputs) is None
     assert torch.func.vmap(lambda q: torch.tensor(served(q, q, q) is None))(inputs[0][None])
-    assert plain.nobody_watches(*inputs)
+    assert watching.nobody_watches(*inputs)
     inputs[0].requires_grad_()
-    assert not plain.nobody_watches(*inputs)
+    assert not watching.nobody_watches(*inputs)
     with torch.no_grad():
-        assert plain.nobody_watches(*inputs)
+        assert watching.nobody_watches(*inputs)
 
 
 def test_the_order_is_that_of_the_planner():

@@ -1,0 +1,138 @@
+"""Short inputs by the native kernels, each head at once; test_native.py has them in the linear order."""
+
+import functools
+import itertools
+import random
+
+import pytest
+import torch
+
+from efficient_attention import efficient_attention
+from efficient_attention.ops import native_build, planner
+from efficient_attention.testing import (
+    assert_as_precise_as_plain,
+    attention_results,
+    layouts,
+    make_inputs,
+    plain_attention,
+)
+
+served = pytest.mark.skipif(native_build.why_not() is not None, reason=str(native_build.why_not()))
+
+DTYPES = [torch.float32, torch.bfloat16]
+NORMALIZATIONS = ["softmax", "scaling"]
+# B, H, N, M, Dk, Dv for which the quadratic order is the cheaper one.
+SHORT = [
+    (1, 2, 1, 1, 64, 64),
+    (2, 3, 16, 20, 64, 48),
+    (1, 2, 100, 7, 33, 20),
+    (1, 1, 64, 64, 128, 128),
+]
+
+
+def by(backend, **options):
+    return functools.partial(efficient_attention, order="linear", backend=backend, **options)
+
+
+@served
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("layout", ["contiguous", "token-major", "channel-major", "strided"])
+@pytest.mark.parametrize("sizes", SHORT)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_quadratic_order_is_as_precise_as_a_plain_run(
+    dtype, normalization, layout, sizes, masked, kernels
+):
+    assert planner.quadratic_is_cheaper(*sizes[2:])
+    inputs = make_inputs(*sizes, dtype=dtype)
+    mask = None
+    if masked:
+        mask = torch.rand(sizes[0], sizes[3]) > 0.3
+        mask[:, 0] = True
+    options = {"key_mask": mask, "normalization": normalization}
+    run = functools.partial(efficient_attention, backend="native", **options)
+    got = run(*(layouts(x)[layout] for x in inputs))
+    if dtype == torch.float32 and sizes[3] > 1:  # it is another order
+        assert not torch.equal(got, run(*inputs, order="linear"))
+    low, exact = (plain_attention(*x, **options) for x in (inputs, [x.double() for x in inputs]))
+    assert_as_precise_as_plain(got, low, exact)
+
+
+@served
+def test_a_query_whose_keys_are_all_masked_gets_nothing_in_the_quadratic_order(kernels):
+    query, key, value = make_inputs(*SHORT[1], dtype=torch.float32)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[1] = False
+    key[1], value[1] = torch.nan, torch.nan
+    output = efficient_attention(query, key, value, key_mask=mask, backend="native")
+    assert not output[1].any()
+    assert output[0].any()
+
+
+@served
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:])
+def test_only_gradients_of_short_inputs_that_are_asked_for_are_there(needs, kernels):
+    inputs = make_inputs(dtype=torch.float32)
+    whole = attention_results(by("native"), inputs)[1:]
+    leaves = [x.detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True)]
+    output = by("native")(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64).float())
+    for leaf, gradient, need in zip(leaves, whole, needs, strict=True):
+        assert (leaf.grad is None) != need
+        if need:
+            torch.testing.assert_close(leaf.grad, gradient, rtol=0, atol=0)
+
+
+@served
+def test_second_derivatives_and_many_gradients_at_a_time_of_short_inputs_are_right(kernels):
+    inputs = make_inputs(1, 2, 7, 9, 4, 3, dtype=torch.float32, requires_grad=True)
+    mask = torch.rand(1, 9) > 0.3
+    results = []
+    for backend in ("native", "reference"):
+        output = by(backend, key_mask=mask)(*inputs)
+        first = torch.autograd.grad(output.sin().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), inputs)
+        output = by(backend, key_mask=mask)(*inputs)
+        slopes = torch.eye(3).reshape(3, 1, 1, 1, 3).expand(3, *output.shape)
+        many = torch.autograd.grad(output, inputs, slopes, is_grads_batched=True)
+        results.append((*first, *second, *many))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@served
+@pytest.mark.parametrize("masked", [False, True])
+def test_auto_takes_them_for_short_inputs_too(masked, kernels, monkeypatch):
+    inputs = make_inputs(dtype=torch.float32)
+    mask = torch.rand(2, 53) > 0.4 if masked else None
+    monkeypatch.setattr(native_build, "is_built", lambda: True)
+    options = {"key_mask": mask}
+    got, expected = (attention_results(by(b, **options), inputs) for b in ("auto", "native"))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    with torch.profiler.profile() as profile:
+        efficient_attention(*inputs, **options)
+    # Memory for the output, its NaN, and views of the mask: nothing of PyTorch computes.
+    assert {e.name for e in profile.events()} <= {
+        *("aten::empty", "aten::new_empty", "aten::fill_"),
+        *("aten::expand", "aten::unsqueeze", "aten::as_strided"),
+    }
+
+
+@served
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_of_any_size_and_layout_are_right(dtype, kernels, way):
+    generator = random.Random(0)
+    for _ in range(60):
+        batch, heads = generator.choice([(1, 1), (1, 2), (2, 1), (2, 3)])
+        lengths = [generator.choice([0, 1, 2, 15, 16, 17, 63, 64, 65, 255, 257, 300]) for _ in "NM"]
+        channels = [generator.choice([1, 2, 7, 16, 31, 33, 64, 100]) for _ in "KV"]
+        inputs = make_inputs(batch, heads, *lengths, *channels, dtype=dtype)
+        mask = generator.choice([None, torch.rand(batch, lengths[1]) > 0.5])
+        laid_out = [layouts(x)[generator.choice(list(layouts(x)))] for x in inputs]
+        got = attention_results(by("native", key_mask=mask), laid_out)
+        exact = attention_results(by("reference", key_mask=mask), [x.double() for x in inputs])
+        # The gradient of a single key is zero, and what is left of it rounding of those of the others.
+        largest = max([1.0, *(x.abs().max().item() for x in exact[1:] if x.numel())])
+        for result, truth in zip(got, exact, strict=True):
+            error = (result.double() - truth).abs() / largest
+            assert (error < (2e-6 if dtype == torch.float32 else 2e-2)).all(), error.max()
