@@ -13,6 +13,7 @@ from efficient_attention.benchmark.speed.problems import Module, Operator
 from efficient_attention.benchmark.speed.tables import speed_tables
 from efficient_attention.benchmark.speed.timing import Effort
 from efficient_attention.cli import main
+from efficient_attention.ops import native_build
 
 
 def operator_case(positions, allocator, entries, **others):
@@ -235,10 +236,18 @@ def test_advice_follows_from_what_was_measured(times_there, warm, says):
     assert ("MALLOC_MMAP_THRESHOLD_" in "".join(lines)) == (warm is not None)
 
 
+def test_whoever_could_have_kernels_is_told_how():
+    found = Findings({16: 2.0}, 4.0, False, (1, 1), "linear", 1.0)
+    for kernels in (None, True, False):
+        lines = in_words(Operator(positions=100), found._replace(kernels=kernels))
+        assert ("efficient_attention.build_native()" in "".join(lines)) == (kernels is False)
+
+
 @pytest.mark.parametrize("where", [["--positions", "300"], ["--map", "20x10", "--channels", "8"]])
 def test_a_user_is_advised(where, monkeypatch, capsys):
     monkeypatch.setattr(advice, "in_process", lambda _, function, *arguments: function(*arguments))
     monkeypatch.setattr(advice, "_LENGTHS", (16, 64))
+    monkeypatch.setattr(native_build, "why_not", lambda: "it is not for this test")
     monkeypatch.setattr(advice, "_QUICK", Effort(rounds=1, shortest=0))
     assert main(["advise", *where, "--heads", "1"]) == 0
     out = capsys.readouterr().out.splitlines()

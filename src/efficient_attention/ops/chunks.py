@@ -5,12 +5,17 @@ Threads take chunks as they come; how many there are follows from the sizes alon
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 # Chunks of one head or sample, at most.
 MOST = 64
 # Positions of a chunk of the operator, at least; and of a module, where a position is more work.
 SHORTEST = 2048
 SHORTEST_OF_MODULE = 256
 
+# Sums of as many heads or samples are in memory at a time as take no more numbers than this, so that they do not grow
+# with the batch.
+_NUMBERS_AT_A_TIME = 2 << 20
 # Sums are padded to whole vectors, of at most so many numbers.
 _LANES = 16
 
@@ -26,12 +31,21 @@ def module_chunk_length(positions: int, key_channels: int) -> int:
     return SHORTEST_OF_MODULE * max(1, _ceil(positions, most * SHORTEST_OF_MODULE))
 
 
+class Sums(NamedTuple):
+    """Sums of chunks: ``together`` heads or samples have them at a time, which take so many ``numbers``."""
+
+    together: int
+    numbers: int
+
+
 def sums_of_chunks(
-    maps: int, positions: int, length: int, key_channels: int, value_channels: int, parts: int = 1
-) -> int:
-    """How many numbers all chunks of so many maps sum up: ``parts`` contexts each, and two numbers for each row."""
+    maps: int, positions: int, length: int, key_channels: int, value_channels: int, parts: int
+) -> Sums:
+    """Those of so many heads or samples: each chunk has ``parts`` contexts, and two numbers for each of their rows."""
     rows = parts * _padded(key_channels)
-    return maps * max(1, _ceil(positions, length)) * rows * (_padded(value_channels) + 2)
+    numbers = max(1, _ceil(positions, length)) * rows * (_padded(value_channels) + 2)
+    together = max(1, min(maps, _NUMBERS_AT_A_TIME // numbers))
+    return Sums(together, min(maps, together) * numbers)
 
 
 def _ceil(a: int, b: int) -> int:

@@ -68,7 +68,8 @@ def efficient_attention(
             about ``2 Dk Dv / (Dk + Dv)`` positions) or ``"auto"``: the one with fewer multiply-adds. A program that
             is compiled, exported or traced serves every length, so ``"auto"`` is ``"linear"`` there.
         backend: ``"triton"`` (one pass over memory, on NVIDIA GPUs), ``"native"`` (one pass, on CPUs, by kernels that
-            the C compiler of the machine makes when they are first named: :func:`build_native`), ``"blocked"``
+            the C compiler of the machine makes when they are first named: :func:`build_native`; ``"auto"`` takes them
+            from then on), ``"blocked"``
             (bounded memory, any device), ``"reference"`` (the plain equations) or ``"auto"``: what serves the tensors
             best; second derivatives, forward mode and ``torch.func`` always work.
         out: where to write the result, ``[B, H, N, Dv]``, dtype and device of ``query`` (under autocast, its dtype):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import native_build
-from .chunks import sums_of_chunks
+from .chunks import Sums, sums_of_chunks
 
 Argument = Any  # what ctypes passes on, of types that it keeps to itself
 
@@ -26,7 +26,7 @@ class Problem(ctypes.Structure):
     """Sizes, and what is asked for; as in native/blocks.h."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("batch", "heads", "positions", "chunk")),
+        *((name, c_int64) for name in ("batch", "heads", "positions", "chunk", "together")),
         *((name, c_int64) for name in ("key_channels", "value_channels", "groups")),
         *((name, c_int32) for name in ("bfloat16", "softmax", "stream", "threads")),
     ]
@@ -56,6 +56,7 @@ class Sizes(NamedTuple):
     value_channels: int
     normalization: str
     num_groups: int = 1
+    parts: int = 1  # contexts that a chunk sums up
 
     def problem(self) -> Argument:
         batch, heads, positions, _ = self.x.shape
@@ -63,7 +64,8 @@ class Sizes(NamedTuple):
         longest = batch * heads * positions * max(channels) * self.x.itemsize
         return byref(
             Problem(
-                *(batch, heads, positions, self.chunk, *channels, self.num_groups),
+                *(batch, heads, positions, self.chunk, self._sums().together),
+                *(*channels, self.num_groups),
                 bfloat16=self.x.dtype == torch.bfloat16,
                 softmax=self.normalization == "softmax",
                 stream=longest > _LONGEST_IN_CACHE,
@@ -71,12 +73,14 @@ class Sizes(NamedTuple):
             )
         )
 
-    def sums(self, parts: int = 1) -> Tensor:
-        """Memory for the sums of all chunks."""
+    def sums(self) -> Tensor:
+        """Memory for sums of chunks."""
+        return self.x.new_empty(self._sums().numbers, dtype=torch.float32)
+
+    def _sums(self) -> Sums:
         batch, heads, positions, _ = self.x.shape
         channels = self.key_channels, self.value_channels
-        size = sums_of_chunks(batch * heads, positions, self.chunk, *channels, parts)
-        return self.x.new_empty(size, dtype=torch.float32)
+        return sums_of_chunks(batch * heads, positions, self.chunk, *channels, self.parts)
 
 
 def view(x: Tensor | None) -> Argument:

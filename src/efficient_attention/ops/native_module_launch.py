@@ -199,8 +199,8 @@ def _attend_backward(
     sums = mean.new_empty(len(x), parts, *mean.shape[1:])
     totals = mean.new_empty(sums.shape[:3])
     mean = mean.contiguous()
-    sizes = module.sizes(x)
-    partial = sizes.sums(parts)
+    sizes = module.sizes(x)._replace(parts=parts)
+    partial = sizes.sums()
     run(
         "module_attend_backward",
         *(sizes.problem(), _view(x), address(weight), address(bias), address(mean)),

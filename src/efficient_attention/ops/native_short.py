@@ -98,7 +98,7 @@ def _structure(
     kinds = {"bfloat16": dtype == torch.bfloat16, "softmax": normalization == "softmax"}
     problems = (
         Problem(
-            *(batch, heads, positions, LONGEST, key_channels, value_channels, 1),
+            *(batch, heads, positions, LONGEST, 1, key_channels, value_channels, 1),
             **kinds,
             threads=min(threads, max(1, batch * heads)),
         )

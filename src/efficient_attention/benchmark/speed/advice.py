@@ -9,6 +9,7 @@ import torch
 
 from ...errors import InputError
 from ...memory import available_bytes
+from ...ops import native_build, native_launch
 from .allocators import ALLOCATORS, in_process
 from .entries import OURS
 from .measurement import ENTRIES, measure, work_of
@@ -27,6 +28,7 @@ _LENGTHS = (16, 64, 256, 1024, 4096)
 _QUICK = Effort(rounds=5, shortest=0.005, budget=0.3)
 # Below this many times the other's they take the same time, as far as a user can feel it.
 _FELT = 1.15
+_BUILD = 'python -c "import efficient_attention; efficient_attention.build_native()"'
 # Inputs beside what is computed from them, gradients included.
 _ROOM = 4
 
@@ -41,6 +43,7 @@ class Findings(NamedTuple):
         bytes: that each holds at one time there beside its inputs: efficient, dot-product.
         order: that the planner takes there.
         warm: by which factor efficient attention takes less time there where memory is kept; ``None`` on a GPU.
+        kernels: whether the kernels in C that could have served it have been built; ``None`` where none could.
     """
 
     curve: dict[int, float]
@@ -49,6 +52,7 @@ class Findings(NamedTuple):
     bytes: tuple[int, int]
     order: str
     warm: float | None
+    kernels: bool | None = None
 
 
 def advise(
@@ -92,6 +96,7 @@ def advise(
         (at["entries"][OURS]["bytes"], quadratic["bytes"]),
         order,
         warm,
+        _has_kernels(problem),
     )
     for line in in_words(problem, found):
         report(line)
@@ -143,7 +148,14 @@ def in_words(problem: Problem, found: Findings) -> list[str]:
         lines.append(
             f"with memory that is kept ({_setting()}) efficient attention takes {1 / found.warm:.2f} of its time"
         )
+    if found.kernels is False:
+        lines.append(f"it runs without its kernels in C, which this machine can have: {_BUILD}")
     return [*lines, _advice(problem, found)]
+
+
+def _has_kernels(problem: Problem) -> bool | None:
+    served = problem.device == "cpu" and getattr(torch, problem.dtype) in native_launch.DTYPES
+    return native_build.is_built() if served and native_build.why_not() is None else None
 
 
 def _crossover(curve: Mapping[int, float]) -> str:

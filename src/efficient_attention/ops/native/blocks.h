@@ -12,9 +12,10 @@
 /* Positions of a block. */
 enum { BLOCK = 64 };
 
-/* Sizes of a problem, and what is asked for; as in native_calls.py. A chunk is of whole blocks. */
+/* Sizes of a problem, and what is asked for; as in native_calls.py. A chunk is of whole blocks; `together` heads,
+ * of all samples, have sums of chunks at a time. */
 typedef struct {
-    int64_t batch, heads, positions, chunk, key_channels, value_channels, groups;
+    int64_t batch, heads, positions, chunk, together, key_channels, value_channels, groups;
     int32_t bfloat16, softmax, stream, threads;
 } Problem;
 
@@ -138,7 +139,8 @@ INLINE void add(Block block, Matrix source) {
         float *row = row_of(block, r);
         int64_t c = 0;
         if (source.across == 1)
-            for (; c + LANES <= source.columns; c += LANES) STORE(row + c, LOAD(row + c) + vector(at(source, r, c), size));
+            for (; c + LANES <= source.columns; c += LANES)
+                STORE(row + c, LOAD(row + c) + vector(at(source, r, c), size));
         for (; c < source.columns; c++) row[c] += element(at(source, r, c), size);
     }
 }

@@ -137,7 +137,7 @@ int module_attend(const Problem *p, const View *x, const float *weight, const fl
                   const View *added, const View *output) {
     Call call = {.p = p, .x = *x, .weight = weight, .bias = bias, .mean = mean, .added = *added, .output = *output};
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    call.chunks = chunks_of(p);
+    call.chunks = chunks_of(p), call.heads = all_heads(p);
     return for_chunks(&call, attend_chunk, (2 * BLOCK + ROWS + 4 * width) * columns + (2 * width + ROWS) * BLOCK);
 }
 
@@ -166,7 +166,8 @@ static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head,
         multiply(pairs, weight, load_channels(by_channel, channel_words, x, everything, n, pairs), columns, weights);
         add_to_rows(weights, call->bias, p->key_channels);
         if (p->softmax) normalize(weights, p->key_channels, p->groups);
-        multiply(pairs, context, load_channels(by_channel, channel_words, d_output, everything, n, pairs), columns, slope);
+        const Block d_out = load_channels(by_channel, channel_words, d_output, everything, n, pairs);
+        multiply(pairs, context, d_out, columns, slope);
         if (p->softmax) pull_back_queries(slope, weights, p->key_channels, p->groups);
         const Left left = over_columns(weights, weight_words, pairs);
         add_block(pairs, left, load_silenced(by_position, position_words, d_output, everything, n, pairs),

@@ -35,7 +35,8 @@ static void summarize_backward_chunk(const Call *call, int64_t batch, int64_t he
 int summarize_backward(const Problem *p, const View *key, const View *value, const View *mask, const float *d_mean,
                        const float *shift, const float *correction, const View *d_key, const View *d_value) {
     Call call = {.p = p, .key = *key, .value = *value, .mask = *mask, .d_key = *d_key, .d_value = *d_value};
-    call.mean = d_mean, call.shift = shift, call.correction = correction, call.chunks = chunks_of(p);
+    call.mean = d_mean, call.shift = shift, call.correction = correction;
+    call.chunks = chunks_of(p), call.heads = all_heads(p);
     int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
     return for_chunks(&call, summarize_backward_chunk, width * (columns + 2) + back_over_keys_floats(p));
 }
@@ -55,7 +56,8 @@ static void attend_chunk(const Call *call, int64_t batch, int64_t head, int64_t 
 
 /* rho_q(Q) mean. */
 int attend(const Problem *p, const View *query, const float *mean, const View *output) {
-    Call call = {.p = p, .query = *query, .output = *output, .mean = mean, .chunks = chunks_of(p)};
+    Call call = {.p = p, .query = *query, .output = *output, .mean = mean};
+    call.chunks = chunks_of(p), call.heads = all_heads(p);
     const int64_t context = padded(p->key_channels) * padded(p->value_channels);
     return for_chunks(&call, attend_chunk, context + over_queries_floats(p));
 }
@@ -74,6 +76,6 @@ int attend_backward(const Problem *p, const View *d_output, const View *query, c
     call.d_output = *d_output, call.d_query = *d_query;
     const int64_t floats = padded(p->key_channels) * padded(p->value_channels) + back_over_queries_floats(p);
     if (d_mean) return for_partials(&call, attend_backward_chunk, floats, d_mean, NULL, NULL);
-    call.chunks = chunks_of(p);
+    call.chunks = chunks_of(p), call.heads = all_heads(p);
     return for_chunks(&call, attend_backward_chunk, floats);
 }

@@ -131,7 +131,8 @@ int efficient_attention(const Short *s, char *query, char *key, char *value, cha
     Call queries = {.p = &s->queries, .parts = 1, .query = s->query, .output = s->output};
     queries.query.data = query, queries.output.data = output;
     Call call = {.p = &s->keys, .chunks = 1, .parts = 1, .key = s->key, .value = s->value, .mask = s->mask};
-    call.key.data = key, call.value.data = value, call.mask.data = mask, call.then = &queries;
+    call.key.data = key, call.value.data = value, call.mask.data = mask;
+    call.heads = all_heads(&s->keys), call.then = &queries;
     if (s->quadratic) return for_chunks(&call, quadratic, quadratic_floats(&s->keys));
     return for_chunks(&call, linear, linear_floats(&call));
 }
@@ -143,7 +144,8 @@ int efficient_attention_backward(const Short *s, char *query, char *key, char *v
     queries.query.data = query, queries.d_output.data = d_output, queries.d_query.data = d_query;
     Call call = {.p = &s->keys, .chunks = 1, .parts = 1, .key = s->key, .value = s->value, .mask = s->mask};
     call.d_key = s->d_key, call.d_value = s->d_value;
-    call.key.data = key, call.value.data = value, call.mask.data = mask, call.then = &queries;
+    call.key.data = key, call.value.data = value, call.mask.data = mask;
+    call.heads = all_heads(&s->keys), call.then = &queries;
     call.d_key.data = d_key, call.d_value.data = d_value;
     return for_chunks(&call, backward, backward_floats(&call));
 }

@@ -23,6 +23,7 @@ typedef struct Call {
     const float *mean, *shift, *correction, *weight, *bias;
     float *partials;
     int64_t chunks, parts; /* of each head; sums that are made at a time, each of the size of a context */
+    Span heads;            /* of all samples, that are at work; `partials` has sums for these */
     const struct Call *then; /* what is done next with what a head has come to */
 } Call;
 
@@ -46,7 +47,9 @@ INLINE Span rows_of(Span n, int64_t first) {
     return (Span){n.start + first, left < ROWS ? left : ROWS};
 }
 
-/* `work` on every chunk of every head, each thread with scratch memory of its own; 1 if there is no memory. */
+INLINE Span all_heads(const Problem *p) { return (Span){0, p->batch * p->heads}; }
+
+/* `work` on every chunk of the heads at work, each thread with scratch memory of its own; 1 if there is no memory. */
 static int for_chunks(const Call *call, Work work, int64_t scratch_floats) {
     const Problem *p = call->p;
     int failed = 0;
@@ -58,8 +61,8 @@ static int for_chunks(const Call *call, Work work, int64_t scratch_floats) {
             failed = 1;
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < p->batch * p->heads * call->chunks; i++) {
-            int64_t head = i / call->chunks;
+        for (int64_t i = 0; i < call->heads.count * call->chunks; i++) {
+            int64_t head = call->heads.start + i / call->chunks;
             if (scratch) work(call, head / p->heads, head % p->heads, i % call->chunks, scratch);
         }
         _mm_sfence(); /* what went past the caches is there for whoever reads it next */
@@ -88,7 +91,7 @@ INLINE Partial take_partial(float **scratch, const Call *call) {
 
 /* That of a chunk. */
 INLINE Partial partial_of(const Call *call, int64_t head, int64_t chunk) {
-    float *data = call->partials + (head * call->chunks + chunk) * partial_floats(call);
+    float *data = call->partials + ((head - call->heads.start) * call->chunks + chunk) * partial_floats(call);
     return take_partial(&data, call);
 }
 
@@ -133,13 +136,13 @@ static void end_run(Partial whole, Partial run, const Problem *p, int64_t chunk,
     memcpy(run.shift, whole.shift, run.sums.rows * 4);
 }
 
-/* Rows [parts, Dk] of every head from those of its chunks, as a balanced tree; LANES of them at a time. */
+/* Rows [parts, Dk] of each head at work from those of its chunks, as a balanced tree; LANES of them at a time. */
 static void gather(const Call *call, float *sums, float *shift, float *total) {
     const Problem *p = call->p;
     const int64_t width = padded(p->key_channels), slices = call->parts * width / LANES;
 #pragma omp parallel for num_threads(p->threads)
-    for (int64_t i = 0; i < p->batch * p->heads * slices; i++) {
-        const int64_t head = i / slices, first = i % slices * LANES;
+    for (int64_t i = 0; i < call->heads.count * slices; i++) {
+        const int64_t head = call->heads.start + i / slices, first = i % slices * LANES;
         for (int64_t apart = 1; apart < call->chunks; apart *= 2)
             for (int64_t a = 0; a + apart < call->chunks; a += 2 * apart)
                 merge(part_of(partial_of(call, head, a), first, LANES),
@@ -154,12 +157,17 @@ static void gather(const Call *call, float *sums, float *shift, float *total) {
     }
 }
 
-/* `for_chunks` with a Partial for each, at least one a head, and what they come to; 1 if there is no memory. The partials
- * are the caller's (native_calls.py), so that his account of memory has them. */
+/* `for_chunks` with a Partial for each, at least one a head, and what they come to; 1 if there is no memory. Partials are
+ * the caller's (native_calls.py), so that his account of memory has them, and there for so many heads at a time. */
 static int for_partials(Call *call, Work work, int64_t scratch_floats, float *sums, float *shift, float *total) {
+    const Span all = all_heads(call->p);
     call->chunks = call->p->positions ? chunks_of(call->p) : 1;
-    if (for_chunks(call, work, scratch_floats + partial_floats(call))) return 1;
-    gather(call, sums, shift, total);
+    for (int64_t start = 0; start < all.count; start += call->p->together) {
+        const int64_t left = all.count - start;
+        call->heads = (Span){start, left < call->p->together ? left : call->p->together};
+        if (for_chunks(call, work, scratch_floats + partial_floats(call))) return 1;
+        gather(call, sums, shift, total);
+    }
     return 0;
 }
 
