@@ -8,6 +8,7 @@ import torch
 import efficient_attention as ea
 from efficient_attention.memory import peak_bytes
 from efficient_attention.ops import (
+    chunks,
     library,
     native_build,
     native_module_launch,

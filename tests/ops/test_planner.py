@@ -1,5 +1,7 @@
 """Counts worked out by hand, and against what PyTorch's own counter sees."""
 
+import random
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,10 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from efficient_attention import EfficientAttention2d, efficient_attention
 from efficient_attention.memory import peak_bytes
 from efficient_attention.ops.planner import (
+    SHORT_MULTIPLY_ADDS,
     block_bytes,
     block_length,
     cheapest,
     crossover,
+    folding_saves_little,
     maps_per_block,
     module_costs,
     operator_costs,
@@ -188,6 +192,35 @@ def test_folding_pays_by_the_rule_of_channels():
                     )
                     pays = c * dk < c * dv + dk * dv / heads
                     assert cheapest(costs) == ("folded" if pays else "linear")
+
+
+def test_what_folding_saves_is_what_the_costs_say():
+    choices = random.Random(0)
+    answers = set()
+    for _ in range(500):
+        heads = choices.choice([1, 2, 8])
+        sizes = {
+            "batch": choices.choice([1, 4]),
+            "queries": choices.choice([1, 64, 500]),
+            "keys": choices.choice([1, 64, 500]),
+            "in_channels": choices.choice([8, 64, 256]),
+            "source_channels": choices.choice([8, 64, 256]),
+            "key_channels": heads * choices.choice([1, 8, 64]),
+            "value_channels": heads * choices.choice([1, 8, 64]),
+            "heads": heads,
+        }
+        costs = module_costs(**sizes, streamed=True)
+        saved = costs["linear"].multiply_adds - costs["folded"].multiply_adds
+        assert folding_saves_little(**sizes) == (saved <= SHORT_MULTIPLY_ADDS), sizes
+        answers.add(saved <= SHORT_MULTIPLY_ADDS)
+    assert answers == {True, False}
+
+
+def test_a_short_module_folds_where_that_saves_much():
+    for channels, expected in ((32, "linear"), (256, "folded")):
+        module = EfficientAttention2d(channels)
+        assert module.planned_order(torch.empty(1, channels, 16, 16)) == expected
+        assert module.planned_order(torch.empty(1, channels, 32, 32)) == "folded"
 
 
 def test_cheapest_breaks_ties_by_bytes_and_respects_a_choice():

@@ -27,6 +27,7 @@ from ..ops.planner import (
     MODULE_ORDERS,
     Cost,
     cheapest,
+    folding_saves_little,
     is_short,
     module_costs,
     quadratic_is_cheaper,
@@ -186,18 +187,19 @@ class EfficientModule(ProjectedAttention):
     ) -> dict[str, Cost]:
         """What each exact order of this module costs for N queries and M keys (default: as many)."""
         return module_costs(
+            **self._channels(),
             queries=queries,
             keys=queries if keys is None else keys,
-            in_channels=self.in_channels,
-            key_channels=self.key_channels,
-            value_channels=self.value_channels,
-            source_channels=self.source_channels,
             column_sums=self._needs_column_sums(),
             streamed=can_stream(self),
             batch=batch,
             heads=self.num_heads,
             itemsize=itemsize,
         )
+
+    def _channels(self) -> dict[str, int]:
+        names = ("in_channels", "source_channels", "key_channels", "value_channels")
+        return {name: getattr(self, name) for name in names}
 
     def planned_order(
         self, x: Tensor, context: Tensor | Context | None = None, *, key_mask: Tensor | None = None
@@ -207,10 +209,13 @@ class EfficientModule(ProjectedAttention):
         if isinstance(context, Context):
             return self._resolve(queries, None)
         keys = self._features.count(x if context is None else context)
-        return self._resolve(queries, keys, short=self._is_short(x, queries, keys))
+        few = self._is_short(x, queries, keys) and folding_saves_little(
+            batch=len(x), queries=queries, keys=keys, heads=self.num_heads, **self._channels()
+        )
+        return self._resolve(queries, keys, few=few)
 
     def _is_short(self, x: Tensor, queries: int, keys: int) -> bool:
-        """Whether few plain operators are faster than any other way, on a CPU."""
+        """Whether what few operators save is felt, on a CPU."""
         return x.is_cpu and not serves_every_length() and is_short(len(x), max(queries, keys))
 
     def _run(self, x: Tensor, source: Tensor | Context, key_mask: Tensor | None) -> Tensor:
@@ -241,16 +246,16 @@ class EfficientModule(ProjectedAttention):
         context = self._summarize(source, key_mask, order in FOLDS_VALUES)
         return self._attend(x, context, order in FOLDS_OUTPUT)
 
-    def _resolve(self, queries: int | None, keys: int | None, *, short: bool = False) -> str:
+    def _resolve(self, queries: int | None, keys: int | None, *, few: bool = False) -> str:
         """The order of a call: the one that was named, or the cheapest that nobody would notice.
 
         A side that is None comes in another call, and is taken to be as long as the one at hand. Nothing is folded if
-        the call is short: what that saves in arithmetic, it loses in operators that have to be started.
+        few operators are to be started: what that saves in arithmetic, it loses in others.
         """
         check_option("order", self.order, self._orders)
         check_option("backend", self.backend, BACKENDS)
         if (
-            short
+            few
             and self.order == self.backend == "auto"
             and queries is not None
             and keys is not None

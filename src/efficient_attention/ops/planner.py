@@ -37,8 +37,10 @@ PLAIN_BYTES_KEPT = 8 << 20
 # Longer sums are taken in blocks in any case, for their rounding.
 PLAIN_KEYS = 8192
 
-# Up to so many positions, of all samples, a module on a CPU folds no projections: starting operators costs more.
+# Up to so many positions, of all samples, a module on a CPU starts as few operators as it can, and folds no projections
+# unless that saves so many multiply-adds.
 SHORT_POSITIONS = 512
+SHORT_MULTIPLY_ADDS = 8 << 20
 
 # Beside a mean: its log_weight, and the largest key and the sum relative to it for the backward pass.
 _CONTEXT_WEIGHTS = 3
@@ -264,8 +266,27 @@ def plain_is_cheaper(
 
 
 def is_short(batch: int, positions: int) -> bool:
-    """Whether a module on a CPU gains more from few operators than from folding."""
+    """Whether a module on a CPU gains from few operators."""
     return batch * positions <= SHORT_POSITIONS
+
+
+def folding_saves_little(
+    *,
+    batch: int,
+    queries: int,
+    keys: int,
+    in_channels: int,
+    source_channels: int,
+    key_channels: int,
+    value_channels: int,
+    heads: int,
+) -> bool:
+    """Whether a short module gains more from few operators than from folding: :func:`module_costs` in one line."""
+    head = value_channels // heads
+    wider = value_channels - key_channels  # by so much products are narrower that have no values
+    saved = queries * in_channels * wider + keys * source_channels * wider
+    saved += (queries + keys - in_channels - source_channels) * key_channels * head
+    return batch * saved <= SHORT_MULTIPLY_ADDS
 
 
 def block_length(channels: int, itemsize: int) -> int:
