@@ -214,14 +214,19 @@ def test_threads_and_batch_mates_change_no_bit(dtype, kernels):
 def test_sums_of_chunks_are_there_for_some_samples_at_a_time(kernels, monkeypatch):
     inputs = make_module_inputs(5, 32, None, 16, 16, 2, 1000, 1000, dtype=torch.float32)
     expected = module_results(by_kernels, inputs, None, "softmax")
-    one = chunks.sums_of_chunks(1, 1000, chunks.module_chunk_length(1000, 16), 16, 32, 1).numbers
+    length = chunks.module_chunk_length(1000, 16)
+    one = chunks.sums_of_chunks(1, 1000, length, 16, 32, 1, threads=1).numbers
+    monkeypatch.setattr(chunks, "_CHUNKS_OF_A_THREAD", 0)
     for at_a_time in (1, 2 * one, 4 * one):
         monkeypatch.setattr(chunks, "_NUMBERS_AT_A_TIME", at_a_time)
         got = module_results(by_kernels, inputs, None, "softmax")
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
     monkeypatch.undo()
-    numbers = [chunks.sums_of_chunks(n, 1024, 256, 128, 256, 1).numbers for n in (1, 16, 1000)]
+    sizes = [chunks.sums_of_chunks(n, 1024, 256, 128, 256, 1, threads=2) for n in (1, 16, 1000)]
+    numbers = [size.numbers for size in sizes]
     assert numbers[0] < numbers[1] == numbers[2] <= 2 << 20
+    # Sixteen threads have four chunks each, of which a map has four.
+    assert chunks.sums_of_chunks(1000, 1024, 256, 512, 1024, 1, threads=16).together == 16
 
 
 @served

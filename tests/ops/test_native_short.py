@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from efficient_attention import efficient_attention
+from efficient_attention import EfficientAttention2d, efficient_attention
 from efficient_attention.ops import native_build, planner
 from efficient_attention.testing import (
     assert_as_precise_as_plain,
@@ -136,3 +136,63 @@ def test_inputs_of_any_size_and_layout_are_right(dtype, kernels, way):
         for result, truth in zip(got, exact, strict=True):
             error = (result.double() - truth).abs() / largest
             assert (error < (2e-6 if dtype == torch.float32 else 2e-2)).all(), error.max()
+
+
+@served
+def test_inputs_and_slopes_without_strides_of_their_own_are_right(kernels, way):
+    query, key, value = make_inputs(2, 3, 70, 90, 16, 24, dtype=torch.float32)
+    inputs = (query, key[:, :1].expand_as(key), value[:1].expand_as(value))
+    results = []
+    for backend in ("native", "reference"):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        by(backend)(*leaves).sum().backward()
+        results.append([x.grad for x in leaves])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@served
+@pytest.mark.parametrize("channels", [(16, 0), (0, 16)])
+def test_no_channels_give_no_gradients(channels, kernels, way):
+    inputs = make_inputs(1, 2, 300, 310, *channels, dtype=torch.float32)
+    results = [attention_results(by(b), inputs) for b in ("native", "reference")]
+    torch.testing.assert_close(*results)
+
+
+@served
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_more_threads_than_heads_change_no_bit(heads, kernels):
+    inputs = make_inputs(1, heads, 150, 150, 16, 16, dtype=torch.float32)
+    results = []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        results.append(attention_results(by("native"), inputs))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@served
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("place", ["query", "key", "value", "elsewhere"])
+def test_short_results_are_written_to_memory_that_is_there(normalization, place, kernels):
+    inputs = dict(
+        zip(
+            ("query", "key", "value"),
+            make_inputs(1, 4, 50, 50, 16, 16, dtype=torch.float32),
+            strict=True,
+        )
+    )
+    run = by("native", normalization=normalization)
+    expected = run(**inputs)
+    out = inputs.get(place, torch.empty(1, 4, 50, 16))
+    assert run(**inputs, out=out) is out
+    torch.testing.assert_close(out, expected)
+
+
+@served
+def test_a_short_module_goes_to_them(kernels, monkeypatch):
+    monkeypatch.setattr(native_build, "is_built", lambda: True)
+    module = EfficientAttention2d(64)
+    x = torch.randn(1, 64, 4, 4)
+    assert module.planned_order(x) == "quadratic"
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        module(x)
+    assert not {"aten::bmm", "aten::_softmax"} & {e.name for e in profile.events()}

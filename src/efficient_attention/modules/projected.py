@@ -239,7 +239,7 @@ class EfficientModule(ProjectedAttention):
         order = self.planned_order(x, source)
         short = self._is_short(x, features.count(x), features.count(source))
         if order == "quadratic" or (order == "linear" and short):
-            return self._attend_at_once(x, source, key_mask, order)
+            return self._attend_at_once(x, source, key_mask)
         if order == "folded" and can_stream(self) and takes(self, x) and takes(self, source):
             mask = self._key_mask(key_mask, source)
             return stream(self, x, source, mask, overwrite=overwrite)
@@ -344,9 +344,7 @@ class EfficientModule(ProjectedAttention):
         attended = attend(query, context, **self._operator_options())
         return self._features.join(attended, like=x)
 
-    def _attend_at_once(
-        self, x: Tensor, source: Tensor, key_mask: Tensor | None, order: str
-    ) -> Tensor:
+    def _attend_at_once(self, x: Tensor, source: Tensor, key_mask: Tensor | None) -> Tensor:
         """Queries, keys and values together, without a context in between."""
         features = self._features
         attended = efficient_attention(
@@ -354,7 +352,7 @@ class EfficientModule(ProjectedAttention):
             features.split(self._project_keys(source), self.num_heads),
             features.split(self.values(source), self.num_heads),
             key_mask=self._key_mask(key_mask, source),
-            order=order,
+            order=self.order,
             **self._operator_options(),
         )
         attended = self._with_key_bias(attended)

@@ -13,9 +13,10 @@ MOST = 64
 SHORTEST = 2048
 SHORTEST_OF_MODULE = 256
 
-# Sums of as many heads or samples are in memory at a time as take no more numbers than this, so that they do not grow
-# with the batch.
+# Sums of as many heads or samples are in memory at a time as take no more numbers than this, or have so many chunks for
+# each thread, so that they do not grow with the batch.
 _NUMBERS_AT_A_TIME = 2 << 20
+_CHUNKS_OF_A_THREAD = 4
 # Sums are padded to whole vectors, of at most so many numbers.
 _LANES = 16
 
@@ -39,12 +40,21 @@ class Sums(NamedTuple):
 
 
 def sums_of_chunks(
-    maps: int, positions: int, length: int, key_channels: int, value_channels: int, parts: int
+    maps: int,
+    positions: int,
+    length: int,
+    key_channels: int,
+    value_channels: int,
+    parts: int,
+    *,
+    threads: int,
 ) -> Sums:
     """Those of so many heads or samples: each chunk has ``parts`` contexts, and two numbers for each of their rows."""
     rows = parts * _padded(key_channels)
-    numbers = max(1, _ceil(positions, length)) * rows * (_padded(value_channels) + 2)
-    together = max(1, min(maps, _NUMBERS_AT_A_TIME // numbers))
+    chunks = max(1, _ceil(positions, length))
+    numbers = chunks * rows * (_padded(value_channels) + 2)
+    enough = _ceil(_CHUNKS_OF_A_THREAD * threads, chunks)
+    together = max(1, min(maps, max(enough, _NUMBERS_AT_A_TIME // max(1, numbers))))
     return Sums(together, min(maps, together) * numbers)
 
 

@@ -35,7 +35,7 @@ __all__ = ["attend", "dot_product_attention", "efficient_attention", "summarize"
 
 NORMALIZATIONS = ("softmax", "scaling")
 BACKENDS = ("auto", "reference", "blocked", "native", "triton")
-# They have one order, the linear one.
+# Their order is the linear one; "native" takes what is cheaper for short inputs, unless an order is named.
 LINEAR_BACKENDS = ("blocked", "native", "triton")
 
 
@@ -65,13 +65,13 @@ def efficient_attention(
             weights have no linear form: there is no N x M map to apply them to.
         normalization: ``"softmax"`` or ``"scaling"``.
         order: ``"linear"``, ``"quadratic"`` (``(rho_q(Q) rho_k(K)^T) V``, the same values, cheaper for fewer than
-            about ``2 Dk Dv / (Dk + Dv)`` positions) or ``"auto"``: the one with fewer multiply-adds. A program that
-            is compiled, exported or traced serves every length, so ``"auto"`` is ``"linear"`` there.
+            about ``2 Dk Dv / (Dk + Dv)`` positions) or ``"auto"``: the one with fewer multiply-adds, which
+            kernels in C have for up to 64 keys. A program that is compiled, exported or traced serves every length,
+            so ``"auto"`` is ``"linear"`` there.
         backend: ``"triton"`` (one pass over memory, on NVIDIA GPUs), ``"native"`` (one pass, on CPUs, by kernels that
             the C compiler of the machine makes when they are first named: :func:`build_native`; ``"auto"`` takes them
-            from then on), ``"blocked"``
-            (bounded memory, any device), ``"reference"`` (the plain equations) or ``"auto"``: what serves the tensors
-            best; second derivatives, forward mode and ``torch.func`` always work.
+            from then on), ``"blocked"`` (bounded memory, any device), ``"reference"`` (the plain equations) or
+            ``"auto"``: what serves the tensors best; second derivatives, forward mode and ``torch.func`` always work.
         out: where to write the result, ``[B, H, N, Dv]``, dtype and device of ``query`` (under autocast, its dtype):
             memory that is there already, such as that of the last call, or that of an input. No gradients are recorded.
 
@@ -94,7 +94,8 @@ def efficient_attention(
     """
     if backend in ("auto", "native"):
         options = normalization, order, backend
-        output = short.efficient_attention(query, key, value, key_mask, *options)
+        fresh = out is None
+        output = short.efficient_attention(query, key, value, key_mask, *options, fresh=fresh)
         if output is not None:
             if out is None:
                 return output

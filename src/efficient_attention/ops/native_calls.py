@@ -19,7 +19,7 @@ from .chunks import Sums, sums_of_chunks
 Argument = Any  # what ctypes passes on, of types that it keeps to itself
 
 # What is longer goes past the caches to memory: nobody would find it there.
-_LONGEST_IN_CACHE = 8 << 20
+LONGEST_IN_CACHE = 8 << 20
 
 
 class Problem(ctypes.Structure):
@@ -68,7 +68,7 @@ class Sizes(NamedTuple):
                 *(*channels, self.num_groups),
                 bfloat16=self.x.dtype == torch.bfloat16,
                 softmax=self.normalization == "softmax",
-                stream=longest > _LONGEST_IN_CACHE,
+                stream=longest > LONGEST_IN_CACHE,
                 threads=torch.get_num_threads(),
             )
         )
@@ -80,7 +80,10 @@ class Sizes(NamedTuple):
     def _sums(self) -> Sums:
         batch, heads, positions, _ = self.x.shape
         channels = self.key_channels, self.value_channels
-        return sums_of_chunks(batch * heads, positions, self.chunk, *channels, self.parts)
+        return sums_of_chunks(
+            *(batch * heads, positions, self.chunk, *channels, self.parts),
+            threads=torch.get_num_threads(),
+        )
 
 
 def view(x: Tensor | None) -> Argument:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .chunks import SHORTEST
 from .layout import empty_output
-from .native_calls import Argument, Problem, View, address, run
+from .native_calls import LONGEST_IN_CACHE, Argument, Problem, View, address, run
 
 # Queries and keys, each: what one thread computes of a head without sharing it.
 LONGEST = SHORTEST
@@ -100,7 +100,9 @@ def _structure(
         Problem(
             *(batch, heads, positions, LONGEST, 1, key_channels, value_channels, 1),
             **kinds,
-            threads=min(threads, max(1, batch * heads)),
+            # All of the pool, or none of it: what is left over would be ended, and started again for the next.
+            threads=threads if batch * heads > 1 else 1,
+            stream=batch * heads * positions * value_channels * dtype.itemsize > LONGEST_IN_CACHE,
         )
         for positions in (keys, queries)
     )

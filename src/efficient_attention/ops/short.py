@@ -24,8 +24,13 @@ def efficient_attention(
     normalization: str,
     order: str,
     backend: str,
+    *,
+    fresh: bool = True,
 ) -> Tensor | None:
-    """``rho_q(Q) rho_k(K)^T V``, ``[B, H, N, Dv]``, in the order named or with fewer multiply-adds; or ``None``."""
+    """``rho_q(Q) rho_k(K)^T V``, ``[B, H, N, Dv]``, in the order named or with fewer multiply-adds; or ``None``.
+
+    ``fresh``: whether the caller wants new memory. Where he has his own, the kernels of long inputs write into it.
+    """
     given = (query, key, value) if key_mask is None else (query, key, value, key_mask)
     if order not in ("auto", "linear") or normalization not in ("softmax", "scaling"):
         return None
@@ -36,7 +41,7 @@ def efficient_attention(
     quadratic = order == "auto" and quadratic_is_cheaper(queries, keys, channels, value.shape[3])
     recorded = records(query, key, value)
     if _goes_to_kernels(query, backend):
-        if max(queries, keys) > native_short.LONGEST:
+        if max(queries, keys) > native_short.LONGEST or not fresh:
             return None
         arguments = query, key, value, canonical_mask(key_mask, key), normalization, quadratic
         run = _Kernels.apply if recorded else native_short.efficient_attention

@@ -30,7 +30,8 @@ def records(*tensors: Tensor) -> bool:
 
 
 def _is_its_memory(x: Tensor) -> bool:
-    # A subclass or a parameter may be more than its values; a negative view is other than what is in memory; and
-    # one of a batch of gradients (``torch.autograd.grad(..., is_grads_batched=True)``) has none of its own.
-    plain = type(x) is Tensor and x.is_cpu and not x.is_neg()
-    return plain and not torch._C._functorch.is_legacy_batchedtensor(x)
+    # A subclass or a parameter may be more than its values; a negative view is other than what is in memory; what is
+    # sparse has no strides; and zeros that were never written, or one of a batch of gradients
+    # (``torch.autograd.grad(..., is_grads_batched=True)``), have no memory of their own.
+    plain = type(x) is Tensor and x.is_cpu and x.layout is torch.strided and not x.is_neg()
+    return plain and not (x._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(x))

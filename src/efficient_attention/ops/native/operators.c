@@ -75,7 +75,7 @@ int attend_backward(const Problem *p, const View *d_output, const View *query, c
     Call call = {.p = p, .parts = 1, .partials = partials, .query = *query, .mean = mean};
     call.d_output = *d_output, call.d_query = *d_query;
     const int64_t floats = padded(p->key_channels) * padded(p->value_channels) + back_over_queries_floats(p);
-    if (d_mean) return for_partials(&call, attend_backward_chunk, floats, d_mean, NULL, NULL);
+    if (partials) return for_partials(&call, attend_backward_chunk, floats, d_mean, NULL, NULL);
     call.chunks = chunks_of(p), call.heads = all_heads(p);
     return for_chunks(&call, attend_backward_chunk, floats);
 }

@@ -4,7 +4,7 @@
 
 #include "softmax.h"
 
-/* A chunk of the keys and values of a head is added to a context. */
+/* The context of a chunk of the keys and values of a head. */
 static void over_keys(const Call *call, int64_t batch, int64_t head, int64_t chunk, Partial context, float *scratch) {
     const Problem *p = call->p;
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);

@@ -64,7 +64,7 @@ static void quadratic(const Call *call, int64_t batch, int64_t head, int64_t chu
     const int64_t rows = filled(all);
     const Block keys = take(&scratch, rows, width), values = take(&scratch, rows, columns);
     const Block shift = take(&scratch, 1, width), total = take(&scratch, 1, width);
-    const Partial weights = {{NULL, width, 0}, shift.data, total.data};
+    const Partial weights = {{keys.data, width, 0}, shift.data, total.data};
     clear(weights, p->softmax);
     load(keys, rows_in(key, all), nothing);
     silence(keys, mask, all, nothing);

@@ -4,7 +4,7 @@
 
 #include "work.h"
 
-/* Take a partial context relative to the largest key including those of a block [BLOCK, padded(Dk)]. */
+/* Take a partial context relative to the largest key including those of a block [., padded(Dk)]. */
 static void raise_shift(Partial x, Block keys) {
     for (int64_t c = 0; c < keys.columns; c += LANES) {
         vec before = LOAD(x.shift + c), largest = before;

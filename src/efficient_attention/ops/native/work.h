@@ -23,7 +23,7 @@ typedef struct Call {
     const float *mean, *shift, *correction, *weight, *bias;
     float *partials;
     int64_t chunks, parts; /* of each head; sums that are made at a time, each of the size of a context */
-    Span heads;            /* of all samples, that are at work; `partials` has sums for these */
+    Span heads;            /* of all samples, that are at work: none unless it is set; `partials` has sums for these */
     const struct Call *then; /* what is done next with what a head has come to */
 } Call;
 
