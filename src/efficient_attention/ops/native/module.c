@@ -75,7 +75,7 @@ static void summarize_chunk(const Call *call, int64_t batch, int64_t head, int64
     const Block by_channel = {by_position.data, columns, BLOCK}, channel_words = take(&scratch, columns, BLOCK);
     const Block wide = load_weight(call->weight, 1, &scratch, p);
     const Block weight = over_rows(wide, take(&scratch, columns, width), pairs);
-    const Partial context = partial_of(call, batch, chunk), run = take_partial(&scratch, call);
+    const Partial context = partial_of(call, batch, chunk), run = run_of(context, &scratch, call);
     clear(context, p->softmax), clear(run, p->softmax);
     Span n;
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
@@ -158,7 +158,7 @@ static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head,
     const Block back = over_rows(wide, take(&scratch, width, columns), pairs);
     const Block mean = load_weight(call->mean + batch * p->key_channels * p->value_channels, 0, &scratch, p);
     const Left context = over_columns(mean, take(&scratch, width, columns), pairs);
-    const Partial sums = partial_of(call, batch, chunk), run = take_partial(&scratch, call);
+    const Partial sums = partial_of(call, batch, chunk), run = run_of(sums, &scratch, call);
     clear(sums, 0), clear(run, 0);
     (void)head;
     Span n;
@@ -234,7 +234,7 @@ static void summarize_backward_chunk(const Call *call, int64_t batch, int64_t he
     const Left weight = over_columns(there, take(&scratch, 2 * width, columns), pairs);
     const Block wide = load_two(slopes, call->weight, &scratch, p);
     const Block back = over_rows(wide, take(&scratch, 2 * width, columns), pairs);
-    const Partial sums = partial_of(call, batch, chunk), run = take_partial(&scratch, call);
+    const Partial sums = partial_of(call, batch, chunk), run = run_of(sums, &scratch, call);
     clear(sums, 0), clear(run, 0);
     Span n;
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
