@@ -70,7 +70,13 @@ def test_a_run_that_was_killed_inside_an_epoch_ends_like_one_that_was_not(tmp_pa
     (tmp_path / "pairs.py").write_text(DATA)
     (tmp_path / "wait").touch()
     command = [sys.executable, "-m", "efficient_attention.cli", *recipe(tmp_path, "killed")]
-    environment = {**os.environ, "PYTHONPATH": f"{SOURCE}:{tmp_path}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{SOURCE}:{tmp_path}",
+        "OMP_NUM_THREADS": "1",
+        # As in this process, there are no native kernels, whatever this machine has.
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
     killed = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 300
     # The ninth sample never comes: eight steps are done, six of the first epoch and two of the second.
