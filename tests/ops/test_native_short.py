@@ -101,6 +101,16 @@ def test_second_derivatives_and_many_gradients_at_a_time_of_short_inputs_are_rig
 
 
 @served
+def test_gradients_are_as_precise_inside_autocast_as_outside(kernels, way):
+    inputs = make_inputs(dtype=torch.float32, requires_grad=True)
+    outputs = [by("native")(*inputs) for _ in range(2)]
+    expected = torch.autograd.grad(outputs[0].sum(), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(outputs[1].sum(), inputs)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@served
 @pytest.mark.parametrize("masked", [False, True])
 def test_auto_takes_them_for_short_inputs_too(masked, kernels, monkeypatch):
     inputs = make_inputs(dtype=torch.float32)

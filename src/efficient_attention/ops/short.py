@@ -12,7 +12,7 @@ from . import native_launch, native_short, plain, reference
 from .arguments import canonical_mask
 from .differentiation import pull_back
 from .planner import plain_is_cheaper, quadratic_is_cheaper
-from .precision import DTYPES, product_dtype
+from .precision import DTYPES, product_dtype, without_autocast
 from .watching import are_plain, nobody_watches, records
 
 
@@ -67,6 +67,12 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_output):
+        # Of inputs that nobody had cast, whatever is active by now.
+        with without_autocast(d_output.device):
+            return _Kernels._gradients(ctx, d_output)
+
+    @staticmethod
+    def _gradients(ctx, d_output):
         query, key, value, key_mask = ctx.saved_tensors
         inputs = query, key, value
         needs = ctx.needs_input_grad[:3]
