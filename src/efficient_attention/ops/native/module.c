@@ -98,8 +98,8 @@ static void summarize_chunk(const Call *call, int64_t batch, int64_t head, int64
     }
 }
 
-/* sum_m w x [batch, Dk, C], and under softmax shift and sum_m w [batch, Dk], for w = exp(k - shift), k = weight x; under
- * scaling the latter is sum_m k, for k = weight x + bias. */
+/* sum_m w x [batch, Dk, C], and under softmax shift and sum_m w [batch, Dk], for w = exp(k - shift), k = weight x;
+ * under scaling the latter is sum_m k, for k = weight x + bias. */
 int module_summarize(const Problem *p, const View *x, const View *mask, const float *weight, const float *bias,
                      float *weighted, float *shift, float *total, float *partials) {
     Call call = {.p = p, .parts = 1, .partials = partials, .x = *x, .mask = *mask, .weight = weight, .bias = bias};

@@ -81,8 +81,8 @@ INLINE vec multiply_add(vec a, vec b, vec c, int pairs) {
     return FMA(a, b, c);
 }
 
-/* c [ROWS, vectors * LANES] = left b, or += it: all sums in registers, and added to those before when they are complete,
- * for the rounding. b [steps, .] and c have rows of `width`. */
+/* c [ROWS, vectors * LANES] = left b, or += it: all sums in registers, and added to those before when complete, for the
+ * rounding. b [steps, .] and c have rows of `width`. */
 INLINE void tile(const int vectors, const int pairs, Left left, const float *b, int64_t steps, int64_t width,
                  float *c, const int add) {
     vec sum[ROWS][VECTORS];

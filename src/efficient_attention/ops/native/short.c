@@ -5,7 +5,7 @@
  */
 #include "passes.h"
 
-/* Sizes and strides; keys and queries differ in their positions alone. As in native_calls.py. */
+/* Sizes and strides; keys and queries differ in their positions alone. As in native_short.py. */
 typedef struct {
     Problem keys, queries;
     View query, key, value, mask, output, d_query, d_key, d_value; /* without their memory; output: or its gradient */
@@ -49,6 +49,7 @@ INLINE int64_t linear_floats(const Call *call) {
     return partial_floats(call) + larger(summarize_head_floats(call), over_queries_floats(call->then->p));
 }
 
+/* The quadratic order; the keys are one block. */
 static void quadratic(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
     const Problem *p = call->p;
     const Call *then = call->then;
@@ -98,6 +99,7 @@ INLINE int64_t quadratic_floats(const Problem *p) {
     return BLOCK * (4 * width + 2 * columns + 2 * BLOCK) + 2 * width + ROWS * (BLOCK + columns);
 }
 
+/* Gradients by the linear order; the context is computed again rather than kept. */
 static void backward(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
     const Partial context = take_partial(&scratch, call), wanted = take_partial(&scratch, call);
     const int of_keys = call->d_key.data || call->d_value.data;
