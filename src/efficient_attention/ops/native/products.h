@@ -88,11 +88,13 @@ INLINE void tile(const int vectors, const int pairs, Left left, const float *b, 
     vec sum[ROWS][VECTORS];
     UNROLL for (int i = 0; i < ROWS; i++)
         UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = SPLAT(0.0f);
-    for (const float *end = b + steps * width; b < end; b += width, left.words += left.step) {
+    /* Two places to count rows from: with one, their addresses are more than the registers for addresses. */
+    const float *upper = left.words, *lower = upper + ROWS / 2 * left.row;
+    for (const float *end = b + steps * width; b < end; b += width, upper += left.step, lower += left.step) {
         vec row[VECTORS];
         UNROLL for (int j = 0; j < vectors; j++) row[j] = LOAD(b + j * LANES);
         UNROLL for (int i = 0; i < ROWS; i++) {
-            vec word = SPLAT(left.words[i * left.row]);
+            vec word = SPLAT((i < ROWS / 2 ? upper : lower)[i % (ROWS / 2) * left.row]);
             UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = multiply_add(word, row[j], sum[i][j], pairs);
         }
     }
