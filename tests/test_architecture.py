@@ -76,7 +76,7 @@ OPS = {
     "native_calls": {"chunks", "native_build"},
     "native_launch": {"chunks", "layout", "native_build", "native_calls"},
     "native_short": {"chunks", "layout", "native_calls"},
-    "native_module_launch": {"chunks", "folding", "layout", "native_calls"},
+    "native_module_launch": {"chunks", "layout", "native_build", "native_calls"},
     "backends": {
         "blocked",
         "native_launch",

@@ -56,7 +56,6 @@ class Sizes(NamedTuple):
     value_channels: int
     normalization: str
     num_groups: int = 1
-    parts: int = 1  # contexts that a chunk sums up
 
     def problem(self) -> Argument:
         batch, heads, positions, _ = self.x.shape
@@ -81,7 +80,7 @@ class Sizes(NamedTuple):
         batch, heads, positions, _ = self.x.shape
         channels = self.key_channels, self.value_channels
         return sums_of_chunks(
-            *(batch * heads, positions, self.chunk, *channels, self.parts),
+            *(batch * heads, positions, self.chunk, *channels, 1),
             threads=torch.get_num_threads(),
         )
 

@@ -42,6 +42,9 @@ typedef struct {
     int64_t start, count;
 } Span;
 
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 INLINE int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
 /* The next piece of scratch memory. */

@@ -1,263 +1,148 @@
-/* The folded module of ops/streamed.py: two passes over X forward, two backward, that project blocks as they come.
+/* The folded module of ops/streamed.py: forward in two passes over its positions, backward in two.
  *
- * "Values" are the positions of X themselves, [n, C]; queries and keys exist for a block at a time. Blocks are
- * [Dk, BLOCK] where what comes of them is written position by position, and keys are [BLOCK, Dk] where they are
- * summarized. What has the size of a context is PyTorch's. Returns and NULL are as in operators.c.
+ * Memory is the caller's, but for each thread's; what there is not, or nobody asked for, is NULL. All return 0, or 1 if
+ * there is no memory.
  */
-#include "softmax.h"
+#include "folding.h"
+#include "module_passes.h"
 
-/* X of one sample. */
-INLINE Matrix sample_of(const View *x, int64_t batch, const Problem *p) {
-    return head_of(x, batch, 0, p->value_channels, p);
-}
+/* Layers, as weights and biases are numbered. */
+enum { QUERIES, KEYS, VALUES, OUTPUT, LAYERS };
 
-/* float32 [Dk, C], or its transpose, padded. */
-static Block load_weight(const float *weight, int transposed, float **scratch, const Problem *p) {
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const Matrix x = matrix(weight, p->key_channels, p->value_channels);
-    const Block block = transposed ? take(scratch, columns, width) : take(scratch, width, columns);
-    load(block, transposed ? flipped(x) : x, 0.0f);
-    return block;
-}
+/* Sizes and strides, the views without their memory. `keys` are positions of the source and `queries` those of x; the
+ * output may be x, and in the backward pass is its gradient; so `trains` is whether gradients of the layers are wanted.
+ * `heads` are those of the module, of so many value channels together. As in native_module_launch.py. */
+typedef struct {
+    Problem keys, queries;
+    int64_t heads, value_channels, residual, trains;
+    View source, mask, x, output, d_source, d_x;
+    View weights[LAYERS], biases[LAYERS], d_weights[LAYERS], d_biases[LAYERS];
+} Module;
 
-/* Words of a block of X for sums over its channels, [C, BLOCK], 0 where it is masked. */
-static Block load_channels(Block xs, Block words, Matrix x, Matrix mask, Span n, int pairs) {
-    if (!mask.data) return load_over_rows(xs, words, flipped(rows_in(x, n)), pairs);
-    load(xs, flipped(rows_in(x, n)), 0.0f);
-    silence_columns(xs, mask, n, 0.0f);
-    return over_rows(xs, words, pairs);
-}
+/* Where they lie. pooled [B, dk, S], shift, total, column_sums [B, dk] are what the first pass leaves for the backward
+ * pass; `scratch` has as many numbers as module_scratch tells. */
+typedef struct {
+    char *source, *mask, *x, *output, *d_source, *d_x;
+    char *weights[LAYERS], *biases[LAYERS], *d_weights[LAYERS], *d_biases[LAYERS];
+    float *pooled, *shift, *total, *column_sums, *scratch;
+} Memory;
 
-/* One number for each row. */
-INLINE void add_to_rows(Block block, const float *numbers, int64_t rows) {
-    for (int64_t r = 0; numbers && r < rows; r++)
-        for (int64_t c = 0; c < block.columns; c += LANES)
-            STORE(row_of(block, r) + c, LOAD(row_of(block, r) + c) + SPLAT(numbers[r]));
-}
-
-/* One number for each column. */
-INLINE void add_to_columns(Block block, const float *numbers, int64_t columns) {
-    for (int64_t r = 0; numbers && r < block.rows; r++)
-        for (int64_t c = 0; c < columns; c++) row_of(block, r)[c] += numbers[c];
-}
-
-/* sums += those of rows. */
-INLINE void add_sums(float *sums, Block block) {
-    for (int64_t r = 0; r < block.rows; r++) {
-        vec sum = LOAD(row_of(block, r));
-        for (int64_t c = LANES; c < block.columns; c += LANES) sum += LOAD(row_of(block, r) + c);
-        for (int i = 0; i < LANES; i++) sums[r] += sum[i];
+/* The views with their memory. */
+static Module placed(const Module *m, const Memory *at) {
+    Module placed = *m;
+    placed.source.data = at->source, placed.mask.data = at->mask, placed.x.data = at->x;
+    placed.output.data = at->output, placed.d_source.data = at->d_source, placed.d_x.data = at->d_x;
+    for (int i = 0; i < LAYERS; i++) {
+        placed.weights[i].data = at->weights[i], placed.biases[i].data = at->biases[i];
+        placed.d_weights[i].data = at->d_weights[i], placed.d_biases[i].data = at->d_biases[i];
     }
+    return placed;
 }
 
-/* total += the sums of columns, as precise as products take them. */
-INLINE void add_to_total(float *total, Block keys, int pairs) {
-    for (int64_t r = 0; r < keys.rows; r++)
-        for (int64_t c = 0; c < keys.columns; c += LANES) {
-            const vec key = LOAD(row_of(keys, r) + c);
-            STORE(total + c, LOAD(total + c) + (pairs ? widened(narrowed(key)) : key));
-        }
+INLINE Layers layers_of(const Module *m) {
+    const Problem *p = &m->queries;
+    return (Layers){p->batch, m->heads, p->key_channels, m->keys.value_channels, m->value_channels, p->value_channels,
+                    p->bfloat16, p->softmax, p->threads};
 }
 
-/* sums [left rows, right columns] += left right, summed over a block. */
-INLINE void add_block(int pairs, Left left, Block right, Block sums) {
-    for (int64_t r = 0; r < sums.rows; r += ROWS) add_product(pairs, left, r, right, BLOCK, row_of(sums, r));
+/* Numbers of what has the size of a context. */
+typedef struct {
+    int64_t pooled, mean, context, row;
+} Sizes;
+
+INLINE Sizes sizes_of(const Module *m) {
+    const int64_t row = m->keys.batch * m->keys.key_channels;
+    return (Sizes){row * m->keys.value_channels, row * m->queries.value_channels, row * m->value_channels / m->heads, row};
 }
 
-static void summarize_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
-    const Problem *p = call->p;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const Matrix x = sample_of(&call->x, batch, p), mask = mask_of(&call->mask, batch, head);
-    const float nothing = p->softmax ? -INFINITY : 0.0f;
-    const int pairs = in_pairs(p);
-    const Block keys = take(&scratch, BLOCK, width), key_words = take(&scratch, BLOCK, width);
-    const Block by_position = take(&scratch, BLOCK, columns), position_words = take(&scratch, BLOCK, columns);
-    const Block by_channel = {by_position.data, columns, BLOCK}, channel_words = take(&scratch, columns, BLOCK);
-    const Block wide = load_weight(call->weight, 1, &scratch, p);
-    const Block weight = over_rows(wide, take(&scratch, columns, width), pairs);
-    const Partial context = partial_of(call, batch, chunk), run = run_of(context, &scratch, call);
-    clear(context, p->softmax), clear(run, p->softmax);
-    Span n;
-    for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
-        const Left left = pairs ? (Left){load_channels(by_channel, channel_words, x, mask, n, pairs).data, 1, BLOCK}
-                                : (Left){by_position.data, columns, 1};
-        const Block right = load_silenced(by_position, position_words, x, mask, n, pairs);
-        for (int64_t r = 0; r < BLOCK; r += ROWS) {
-            fetch(x, n, r / ROWS, BLOCK / ROWS);
-            product(pairs, left, r, weight, columns, row_of(keys, r));
-        }
-        add_to_columns(keys, call->bias, p->key_channels);
-        silence(keys, mask, n, nothing);
-        for (int64_t c = 0; c < (BLOCK - n.count) * width; c++) row_of(keys, n.count)[c] = nothing;
-        if (p->softmax) {
-            raise_shift(run, keys);
-            weigh(keys, run.shift, run.total, pairs);
-        } else add_to_total(run.total, keys, pairs);
-        add_block(pairs, (Left){over_rows(keys, key_words, pairs).data, 1, width}, right, run.sums);
-        end_run(context, run, p, chunk, i);
-    }
+/* Those of sums of chunks. */
+INLINE int64_t partials_of(const Problem *p, int64_t parts) {
+    const Call call = {.p = p, .parts = parts};
+    const int64_t chunks = p->positions ? chunks_of(p) : 1, heads = all_heads(p).count;
+    return smaller(heads, p->together) * chunks * partial_floats(&call);
 }
 
-/* sum_m w x [batch, Dk, C], and under softmax shift and sum_m w [batch, Dk], for w = exp(k - shift), k = weight x;
- * under scaling the latter is sum_m k, for k = weight x + bias. */
-int module_summarize(const Problem *p, const View *x, const View *mask, const float *weight, const float *bias,
-                     float *weighted, float *shift, float *total, float *partials) {
-    Call call = {.p = p, .parts = 1, .partials = partials, .x = *x, .mask = *mask, .weight = weight, .bias = bias};
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const int64_t floats = BLOCK * (2 * width + 3 * columns) + 2 * width * columns;
-    return for_partials(&call, summarize_chunk, floats, weighted, shift, total);
+static int fold_layers(const Module *m, const Memory *at, float *context, float *mean) {
+    const Layers layers = layers_of(m);
+    return fold(&layers, at->pooled, at->column_sums, &m->weights[VALUES], &m->biases[VALUES], &m->weights[OUTPUT],
+                &m->biases[OUTPUT], context, mean);
 }
 
-static void attend_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
-    const Problem *p = call->p;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const Matrix x = sample_of(&call->x, batch, p), output = sample_of(&call->output, batch, p);
-    const Matrix added = sample_of(&call->added, batch, p);
-    const int pairs = in_pairs(p);
-    const Block xs = take(&scratch, columns, BLOCK), x_words = take(&scratch, columns, BLOCK);
-    const Block queries = take(&scratch, width, BLOCK), query_words = take(&scratch, width, BLOCK);
-    const Block strip = take(&scratch, ROWS, columns > BLOCK ? columns : BLOCK);
-    const Block wide = load_weight(call->weight, 0, &scratch, p);
-    const Left weight = over_columns(wide, take(&scratch, width, columns), pairs);
-    const Block mean = load_weight(call->mean + batch * p->key_channels * p->value_channels, 0, &scratch, p);
-    const Block context = over_rows(mean, take(&scratch, width, columns), pairs);
-    (void)head;
-    Span n;
-    for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
-        multiply(pairs, weight, load_channels(xs, x_words, x, (Matrix){0}, n, pairs), columns, queries);
-        add_to_rows(queries, call->bias, p->key_channels);
-        if (p->softmax) normalize(queries, p->key_channels, p->groups);
-        const Block weights = over_rows(queries, query_words, pairs);
-        write_product(pairs, weights, context, width, added, output, n, strip, p->stream, x);
-    }
+/* A pass over positions that are projected by one of the layers. */
+INLINE Call pass(const Module *m, int layer, int64_t parts, float *partials) {
+    Call call = {.p = layer == KEYS ? &m->keys : &m->queries, .parts = parts, .partials = partials};
+    call.x = layer == KEYS ? m->source : m->x;
+    call.mask = m->mask;
+    call.weight = m->weights[layer];
+    /* Softmax over positions does not see the bias of keys. */
+    if (layer != KEYS || !m->keys.softmax) call.bias = m->biases[layer];
+    return call;
 }
 
-/* rho_q(Q) mean + added, for Q = weight x + bias. */
-int module_attend(const Problem *p, const View *x, const float *weight, const float *bias, const float *mean,
-                  const View *added, const View *output) {
-    Call call = {.p = p, .x = *x, .weight = weight, .bias = bias, .mean = mean, .added = *added, .output = *output};
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    call.chunks = chunks_of(p), call.heads = all_heads(p);
-    return for_chunks(&call, attend_chunk, (2 * BLOCK + ROWS + 4 * width) * columns + (2 * width + ROWS) * BLOCK);
+int64_t module_forward_scratch(const Module *m) {
+    const Sizes sizes = sizes_of(m);
+    return larger(partials_of(&m->keys, 1), padded(sizes.context) + padded(sizes.mean));
 }
 
-static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
-    const Problem *p = call->p;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const Matrix x = sample_of(&call->x, batch, p), d_x = sample_of(&call->d_x, batch, p);
-    const Matrix d_output = sample_of(&call->d_output, batch, p), added = sample_of(&call->added, batch, p);
-    const Matrix everything = {0};
-    const int pairs = in_pairs(p);
-    const Block by_channel = take(&scratch, columns, BLOCK), channel_words = take(&scratch, columns, BLOCK);
-    const Block by_position = {by_channel.data, BLOCK, columns}, position_words = {channel_words.data, BLOCK, columns};
-    const Block weights = take(&scratch, width, BLOCK), weight_words = take(&scratch, width, BLOCK);
-    const Block slope = take(&scratch, width, BLOCK), slope_words = take(&scratch, width, BLOCK);
-    const Block strip = take(&scratch, ROWS, columns > BLOCK ? columns : BLOCK);
-    const Block wide = load_weight(call->weight, 0, &scratch, p);
-    const Left weight = over_columns(wide, take(&scratch, width, columns), pairs);
-    const Block back = over_rows(wide, take(&scratch, width, columns), pairs);
-    const Block mean = load_weight(call->mean + batch * p->key_channels * p->value_channels, 0, &scratch, p);
-    const Left context = over_columns(mean, take(&scratch, width, columns), pairs);
-    const Partial sums = partial_of(call, batch, chunk), run = run_of(sums, &scratch, call);
-    clear(sums, 0), clear(run, 0);
-    (void)head;
-    Span n;
-    for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
-        multiply(pairs, weight, load_channels(by_channel, channel_words, x, everything, n, pairs), columns, weights);
-        add_to_rows(weights, call->bias, p->key_channels);
-        if (p->softmax) normalize(weights, p->key_channels, p->groups);
-        const Block d_out = load_channels(by_channel, channel_words, d_output, everything, n, pairs);
-        multiply(pairs, context, d_out, columns, slope);
-        if (p->softmax) pull_back_queries(slope, weights, p->key_channels, p->groups);
-        const Left left = over_columns(weights, weight_words, pairs);
-        add_block(pairs, left, load_silenced(by_position, position_words, d_output, everything, n, pairs),
-                  part_of(run, 0, width).sums);
-        if (call->parts > 1) {
-            const Left of_slope = over_columns(slope, slope_words, pairs);
-            const Partial d_weight = part_of(run, width, width);
-            add_block(pairs, of_slope, load_silenced(by_position, position_words, x, everything, n, pairs),
-                      d_weight.sums);
-            add_sums(d_weight.total, slope);
-        }
-        end_run(sums, run, p, chunk, i);
-        if (!d_x.data) continue;
-        const Block right = over_rows(slope, slope_words, pairs);
-        write_product(pairs, right, back, width, added, d_x, n, strip, p->stream, x);
-    }
+/* The output, but under scaling for the bias of its layer, and what the first pass leaves. */
+int module_forward(const Module *sizes, const Memory *at) {
+    const Module m = placed(sizes, at);
+    Call keys = pass(&m, KEYS, 1, at->scratch);
+    if (summarize_module(&keys, at->pooled, at->shift, at->total, at->column_sums)) return 1;
+    float *context = at->scratch, *mean = context + padded(sizes_of(&m).context); /* in place of sums of chunks */
+    if (fold_layers(&m, at, context, mean)) return 1;
+    Call queries = pass(&m, QUERIES, 0, NULL);
+    queries.mean = mean, queries.output = m.output;
+    if (m.residual) queries.added = m.x;
+    return attend_module(&queries);
 }
 
-/* d_x = weight^T d_Q + added; sums [batch, parts, Dk, C] are d_mean = A^T d_output and, where there are two parts,
- * d_weight = d_Q^T x, with d_bias the second of totals [batch, parts, Dk]. */
-int module_attend_backward(const Problem *p, const View *x, const float *weight, const float *bias, const float *mean,
-                           const View *d_output, const View *added, const View *d_x, int64_t parts, float *sums,
-                           float *totals, float *partials) {
-    Call call = {.p = p, .parts = parts, .x = *x, .weight = weight, .bias = bias, .mean = mean};
-    call.partials = partials, call.d_output = *d_output, call.added = *added, call.d_x = *d_x;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const int64_t floats = (2 * BLOCK + ROWS + 5 * width) * columns + (4 * width + ROWS) * BLOCK;
-    return for_partials(&call, attend_backward_chunk, floats, sums, NULL, totals);
+/* Contexts that a chunk of the queries sums up: the gradient of mean, and that of their layer's weight. */
+INLINE int64_t query_parts(const Module *m) { return m->trains ? 2 : 1; }
+
+/* Scratch memory of the backward pass; sums and totals are first those of the queries, then of the keys. */
+enum { CONTEXT, D_CONTEXT, MEAN, SUMS, TOTALS, SLOPES, CONSTANT, PARTIALS, PIECES };
+
+/* How many numbers come before piece i. */
+static int64_t numbers_before(const Module *m, int i) {
+    const Sizes sizes = sizes_of(m);
+    const int64_t parts = query_parts(m), numbers[PIECES] = {
+        [CONTEXT] = sizes.context, [D_CONTEXT] = sizes.context, [MEAN] = sizes.mean,
+        [SUMS] = larger(parts * sizes.mean, sizes.pooled), [TOTALS] = parts * sizes.row,
+        [SLOPES] = sizes.pooled, [CONSTANT] = sizes.row,
+        [PARTIALS] = larger(partials_of(&m->queries, parts), partials_of(&m->keys, 1)),
+    };
+    int64_t sum = 0;
+    while (i-- > 0) sum += padded(numbers[i]);
+    return sum;
 }
 
-/* Keys and what comes to their weights, [2 padded(Dk), BLOCK], become weights and slopes of keys. */
-static void pull_back_keys(const Call *call, Block both, const float *shift, const float *constant) {
-    const Problem *p = call->p;
-    for (int64_t r = 0; r < p->key_channels; r++)
-        for (int64_t c = 0; c < BLOCK; c += LANES) {
-            float *key = row_of(both, r) + c, *slope = row_of(both, both.rows / 2 + r) + c;
-            vec weight = LOAD(key), d_key = LOAD(slope) + SPLAT(constant[r]);
-            if (p->softmax) weight = exponential(weight - SPLAT(shift[r])), d_key *= weight;
-            else if (call->bias) weight += SPLAT(call->bias[r]);
-            STORE(key, weight);
-            STORE(slope, d_key);
-        }
+int64_t module_backward_scratch(const Module *m) { return numbers_before(m, PIECES); }
+
+static int fold_layers_backward(const Module *m, const Memory *at, float *const pieces[]) {
+    const Layers layers = layers_of(m);
+    const int64_t rows = m->queries.key_channels, columns = m->queries.value_channels;
+    const View d_mean = {(char *)pieces[SUMS], query_parts(m) * rows * columns, 0, columns, 1};
+    return fold_backward(&layers, &d_mean, at->pooled, at->total, at->column_sums, pieces[CONTEXT], &m->weights[VALUES],
+                         &m->biases[VALUES], &m->weights[OUTPUT], pieces[D_CONTEXT], pieces[SLOPES], pieces[CONSTANT],
+                         &m->d_weights[VALUES], &m->d_biases[VALUES], &m->d_weights[OUTPUT], &m->d_biases[OUTPUT]);
 }
 
-/* Two matrices [Dk, C] below each other, padded. */
-static Block load_two(const float *first, const float *second, float **scratch, const Problem *p) {
-    const Block upper = load_weight(first, 0, scratch, p), lower = load_weight(second, 0, scratch, p);
-    return (Block){upper.data, upper.rows + lower.rows, upper.columns};
-}
-
-static void summarize_backward_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
-    const Problem *p = call->p;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const Matrix x = sample_of(&call->x, batch, p), d_x = sample_of(&call->d_x, batch, p);
-    const Matrix added = sample_of(&call->added, batch, p), mask = mask_of(&call->mask, batch, head);
-    const float *slopes = call->mean + batch * p->key_channels * p->value_channels;
-    const int pairs = in_pairs(p);
-    const Block by_channel = take(&scratch, columns, BLOCK), channel_words = take(&scratch, columns, BLOCK);
-    const Block by_position = {by_channel.data, BLOCK, columns}, position_words = {channel_words.data, BLOCK, columns};
-    const Block both = take(&scratch, 2 * width, BLOCK), words = take(&scratch, 2 * width, BLOCK);
-    const Block d_keys = {row_of(both, width), width, BLOCK};
-    const Block strip = take(&scratch, ROWS, columns > BLOCK ? columns : BLOCK);
-    const Block there = load_two(call->weight, slopes, &scratch, p);
-    const Left weight = over_columns(there, take(&scratch, 2 * width, columns), pairs);
-    const Block wide = load_two(slopes, call->weight, &scratch, p);
-    const Block back = over_rows(wide, take(&scratch, 2 * width, columns), pairs);
-    const Partial sums = partial_of(call, batch, chunk), run = run_of(sums, &scratch, call);
-    clear(sums, 0), clear(run, 0);
-    Span n;
-    for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
-        multiply(pairs, weight, load_channels(by_channel, channel_words, x, mask, n, pairs), columns, both);
-        pull_back_keys(call, both, call->shift + batch * p->key_channels, call->correction + batch * p->key_channels);
-        silence_columns(both, mask, n, 0.0f);
-        add_block(pairs, over_columns(d_keys, words, pairs),
-                  load_silenced(by_position, position_words, x, mask, n, pairs), run.sums);
-        add_sums(run.total, d_keys);
-        end_run(sums, run, p, chunk, i);
-        if (d_x.data)
-            write_product(pairs, over_rows(both, words, pairs), back, 2 * width, added, d_x, n, strip, p->stream, x);
-    }
-}
-
-/* d_x = slopes^T w + weight^T d_K + added, for d_K = w (slopes x + constant) or, under scaling, slopes x + constant;
- * d_weight = d_K^T x [batch, Dk, C] and d_bias [batch, Dk]. */
-int module_summarize_backward(const Problem *p, const View *x, const View *mask, const float *weight,
-                              const float *bias, const float *slopes, const float *shift, const float *constant,
-                              const View *added, const View *d_x, float *d_weight, float *d_bias, float *partials) {
-    Call call = {.p = p, .parts = 1, .x = *x, .mask = *mask, .weight = weight, .bias = bias, .mean = slopes};
-    call.partials = partials, call.shift = shift, call.correction = constant, call.added = *added, call.d_x = *d_x;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const int64_t floats = (2 * BLOCK + ROWS + 8 * width) * columns + (4 * width + ROWS) * BLOCK;
-    return for_partials(&call, summarize_backward_chunk, floats, d_weight, NULL, d_bias);
+/* Gradients for that of the output, but under scaling for that of the bias of its layer. d_source may be d_x: then both
+ * are added. */
+int module_backward(const Module *sizes, const Memory *at) {
+    const Module m = placed(sizes, at);
+    float *pieces[PIECES];
+    for (int i = 0; i < PIECES; i++) pieces[i] = at->scratch + numbers_before(&m, i);
+    if (fold_layers(&m, at, pieces[CONTEXT], pieces[MEAN])) return 1;
+    Call queries = pass(&m, QUERIES, query_parts(&m), pieces[PARTIALS]);
+    queries.mean = pieces[MEAN], queries.d_output = m.output, queries.d_x = m.d_x;
+    if (m.residual) queries.added = m.output;
+    const View *d_weight = &m.d_weights[QUERIES], *d_bias = &m.d_biases[QUERIES];
+    if (attend_module_backward(&queries, pieces[SUMS], pieces[TOTALS], d_weight, d_bias)) return 1;
+    if (fold_layers_backward(&m, at, pieces)) return 1;
+    Call keys = pass(&m, KEYS, 1, pieces[PARTIALS]);
+    keys.mean = pieces[SLOPES], keys.shift = at->shift, keys.correction = pieces[CONSTANT], keys.d_x = m.d_source;
+    if (at->d_source == at->d_x) keys.added = m.d_x;
+    return summarize_module_backward(&keys, pieces[SUMS], pieces[TOTALS], &m.d_weights[KEYS], &m.d_biases[KEYS]);
 }

@@ -37,8 +37,6 @@ static void summarize_head(const Call *call, int64_t batch, int64_t head, Partia
 
 INLINE int64_t summarize_head_floats(const Call *call) { return over_keys_floats(call->p) + partial_floats(call); }
 
-INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 static void linear(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
     const Partial context = take_partial(&scratch, call);
     summarize_head(call, batch, head, context, scratch);

@@ -7,27 +7,29 @@
 
 #include <float.h>
 #include <math.h>
-#include <stdlib.h>
 
+#include "parallel.h"
 #include "products.h"
 
 /* How many blocks of a chunk are summed before they are added to those before: rounding grows with the length of a
  * sum. */
 enum { RUN = 4 };
 
+typedef struct Call Call;
+typedef void (*Work)(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch);
+
 /* The arguments of an operator; those that it does not take are zero. */
-typedef struct Call {
+struct Call {
     const Problem *p;
     View key, value, mask, query, d_output, output, d_query, d_key, d_value;
-    View x, added, d_x; /* of the module */
-    const float *mean, *shift, *correction, *weight, *bias;
+    View x, added, d_x, weight, bias; /* of the module */
+    const float *mean, *shift, *correction;
     float *partials;
     int64_t chunks, parts; /* of each head; sums that are made at a time, each of the size of a context */
     Span heads;            /* of all samples, that are at work: none unless it is set; `partials` has sums for these */
-    const struct Call *then; /* what is done next with what a head has come to */
-} Call;
-
-typedef void (*Work)(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch);
+    const Call *then;      /* what is done next with what a head has come to */
+    Work work;
+};
 
 INLINE int64_t chunks_of(const Problem *p) { return (p->positions + p->chunk - 1) / p->chunk; }
 
@@ -49,26 +51,16 @@ INLINE Span rows_of(Span n, int64_t first) {
 
 INLINE Span all_heads(const Problem *p) { return (Span){0, p->batch * p->heads}; }
 
-/* `work` on every chunk of the heads at work, each thread with scratch memory of its own; 1 if there is no memory. */
-static int for_chunks(const Call *call, Work work, int64_t scratch_floats) {
-    const Problem *p = call->p;
-    int failed = 0;
-#pragma omp parallel num_threads(p->threads)
-    {
-        float *scratch = aligned_alloc(64, (size_t)(scratch_floats * 4 + 63) / 64 * 64);
-        if (!scratch) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < call->heads.count * call->chunks; i++) {
-            int64_t head = call->heads.start + i / call->chunks;
-            if (scratch) work(call, head / p->heads, head % p->heads, i % call->chunks, scratch);
-        }
-        _mm_sfence(); /* what went past the caches is there for whoever reads it next */
-        free(scratch);
-    }
-    return failed;
+static void work_on_chunk(const void *what, int64_t i, float *scratch) {
+    const Call *call = what;
+    const int64_t head = call->heads.start + i / call->chunks, heads = call->p->heads;
+    call->work(call, head / heads, head % heads, i % call->chunks, scratch);
+}
+
+/* `work` on every chunk of the heads at work. */
+static int for_chunks(Call *call, Work work, int64_t scratch_floats) {
+    call->work = work;
+    return for_each(call->heads.count * call->chunks, call->p->threads, work_on_chunk, call, scratch_floats);
 }
 
 /* Sums in the making, one or several below each other: [parts * padded(Dk), padded(Dv)] of weighted values, relative to
