@@ -49,7 +49,7 @@ OPS = {
     "short": {
         "arguments",
         "differentiation",
-        "native_launch",
+        "native_build",
         "native_short",
         "plain",
         "planner",
@@ -75,7 +75,7 @@ OPS = {
     "native_build": set(),
     "native_calls": {"chunks", "native_build"},
     "native_launch": {"chunks", "layout", "native_build", "native_calls"},
-    "native_short": {"chunks", "layout", "native_calls"},
+    "native_short": {"chunks", "huge_pages", "layout", "native_calls"},
     "native_module_launch": {"chunks", "layout", "native_build", "native_calls"},
     "backends": {
         "blocked",

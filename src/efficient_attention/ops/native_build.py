@@ -87,9 +87,9 @@ def set_aside() -> None:
     _set_aside.add(True)
 
 
-def is_aside() -> bool:
-    """Whether somebody has set them aside."""
-    return bool(_set_aside)
+def is_preferred() -> bool:
+    """Whether ``"auto"`` takes them for what they serve: they have been built, and nobody has set them aside."""
+    return is_built() and not _set_aside
 
 
 @functools.cache

@@ -18,6 +18,8 @@ from .chunks import Sums, sums_of_chunks
 
 Argument = Any  # what ctypes passes on, of types that it keeps to itself
 
+DTYPES = (torch.float32, torch.bfloat16)
+
 # What is longer goes past the caches to memory: nobody would find it there.
 LONGEST_IN_CACHE = 8 << 20
 
@@ -43,8 +45,13 @@ class View(ctypes.Structure):
 
 def run(name: str, *arguments: object) -> None:
     """Call a kernel; :class:`MemoryError` where it has no memory for its scratch space."""
-    if getattr(native_build.load(), name)(*arguments) != 0:
-        raise MemoryError(f"the native kernels have no memory for the scratch space of {name}")
+    check(getattr(native_build.load(), name)(*arguments))
+
+
+def check(code: int) -> None:
+    """:class:`MemoryError` if a kernel returned that it has no memory for its scratch space."""
+    if code != 0:
+        raise MemoryError("the native kernels have no memory for their scratch space")
 
 
 class Sizes(NamedTuple):

@@ -14,9 +14,7 @@ from torch import Tensor
 from . import native_build
 from .chunks import chunk_length
 from .layout import empty_gradient, empty_output
-from .native_calls import Argument, Sizes, address, mask_view, run, view
-
-DTYPES = (torch.float32, torch.bfloat16)
+from .native_calls import DTYPES, Argument, Sizes, address, mask_view, run, view
 
 
 def why_not(x: Tensor) -> str | None:
@@ -30,8 +28,7 @@ def why_not(x: Tensor) -> str | None:
 
 def is_preferred(x: Tensor) -> bool:
     """Whether ``"auto"`` takes the native kernels for ``x [B, H, N, Dk]``: they have been built, and serve it."""
-    serves = x.device.type == "cpu" and x.dtype in DTYPES and native_build.is_built()
-    return serves and not native_build.is_aside()
+    return x.device.type == "cpu" and x.dtype in DTYPES and native_build.is_preferred()
 
 
 def summarize(

@@ -1,20 +1,23 @@
 """Short inputs by the native kernels (native/short.c): one call, in which each head is computed at once.
 
-What a call costs beside its arithmetic is Python's, so sizes and strides are put together once for each shape.
+What a call costs beside its arithmetic is Python's, so that sizes and strides are put together once for each shape.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .chunks import SHORTEST
+from .huge_pages import on_huge_pages
 from .layout import empty_output
-from .native_calls import LONGEST_IN_CACHE, Argument, Problem, View, address, run
+from .native_calls import DTYPES, LONGEST_IN_CACHE, Argument, Problem, View, address, check, run
+
+__all__ = ["DTYPES", "LONGEST", "attention", "gradients"]
 
 # Queries and keys, each: what one thread computes of a head without sharing it.
 LONGEST = SHORTEST
@@ -22,7 +25,6 @@ LONGEST = SHORTEST
 _MOST_QUADRATIC = 64
 
 _TENSORS = ("query", "key", "value", "mask", "output", "d_query", "d_key", "d_value")
-_Layout = tuple[int, ...]
 
 
 class _Short(ctypes.Structure):
@@ -35,23 +37,39 @@ class _Short(ctypes.Structure):
     ]
 
 
-def efficient_attention(
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
     normalization: str,
     quadratic: bool,
-) -> Tensor:
-    """``rho_q(Q) rho_k(K)^T V``, ``[B, H, N, Dv]``; ``quadratic``: perhaps in the quadratic order."""
-    output = empty_output(query, value.shape[3])
-    given = query, key, value, _spread(key_mask, key), output
-    sizes = _sizes(normalization, quadratic, given)
-    run("efficient_attention", sizes, *map(address, given))
-    return output
+    library: ctypes.CDLL,
+    threads: int,
+) -> Callable[..., Tensor]:
+    """What computes ``rho_q(Q) rho_k(K)^T V``, ``[B, H, N, Dv]``, for such queries, keys, values and masks.
+
+    Of those here only shapes, strides and dtypes count: they may be on the meta device. ``quadratic``: perhaps in the
+    quadratic order.
+    """
+    like = empty_output(query, value.shape[3])
+    shape, strides = like.shape, like.stride()
+    given = query, key, value, _spread(key_mask, key), like
+    sizes = _sizes(normalization, quadratic, given, threads)
+    kernel = library.efficient_attention
+    kernel.argtypes = [ctypes.c_void_p] * 6
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+        output = on_huge_pages(query.new_empty_strided(shape, strides))
+        mask = None if key_mask is None else key_mask.data_ptr()
+        places = query.data_ptr(), key.data_ptr(), value.data_ptr(), mask, output.data_ptr()
+        check(kernel(sizes, *places))
+        return output
+
+    return attend
 
 
-def efficient_attention_backward(
+def gradients(
     d_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -60,13 +78,13 @@ def efficient_attention_backward(
     normalization: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key and value, in their dtypes and layouts; ``None`` where ``needs`` is false."""
+    """Those of query, key and value, in their dtypes and layouts; ``None`` where ``needs`` is false."""
     inputs = query, key, value
-    gradients = [torch.empty_like(x) if n else None for x, n in zip(inputs, needs, strict=True)]
-    given = *inputs, _spread(key_mask, key), d_output, *gradients
-    sizes = _sizes(normalization, False, given)
+    found = [torch.empty_like(x) if n else None for x, n in zip(inputs, needs, strict=True)]
+    given = *inputs, _spread(key_mask, key), d_output, *found
+    sizes = _sizes(normalization, False, given, torch.get_num_threads())
     run("efficient_attention_backward", sizes, *map(address, given))
-    return tuple(gradients)
+    return tuple(found)
 
 
 def _spread(key_mask: Tensor | None, key: Tensor) -> Tensor | None:
@@ -74,11 +92,13 @@ def _spread(key_mask: Tensor | None, key: Tensor) -> Tensor | None:
     return None if key_mask is None else key_mask.expand(key.shape[:3]).unsqueeze(-1)
 
 
-def _sizes(normalization: str, quadratic: bool, given: Sequence[Tensor | None]) -> Argument:
+def _sizes(
+    normalization: str, quadratic: bool, given: Sequence[Tensor | None], threads: int
+) -> Argument:
     query, _, value, *_ = given
     assert query is not None
     assert value is not None
-    kind = query.dtype, normalization, quadratic, torch.get_num_threads()
+    kind = query.dtype, normalization, quadratic, threads
     layouts = [None if x is None else x.stride() for x in given]
     return _structure(*kind, query.shape, value.shape, *layouts)
 
@@ -91,7 +111,7 @@ def _structure(
     threads: int,
     query: torch.Size,
     value: torch.Size,
-    *layouts: _Layout | None,
+    *layouts: tuple[int, ...] | None,
 ) -> Argument:
     batch, heads, queries, key_channels = query
     keys, value_channels = value[2:]

@@ -5,15 +5,21 @@ Serves plain tensors that nobody watches, but for gradients. What it does not se
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import native_launch, native_short, plain, reference
+from . import native_build, native_short, plain, reference
 from .arguments import canonical_mask
 from .differentiation import pull_back
 from .planner import plain_is_cheaper, quadratic_is_cheaper
 from .precision import DTYPES, product_dtype, without_autocast
 from .watching import are_plain, nobody_watches, records
+
+_Layout = tuple[torch.dtype, torch.Size, tuple[int, ...]]
 
 
 def efficient_attention(
@@ -31,39 +37,102 @@ def efficient_attention(
 
     ``fresh``: whether the caller wants new memory. Where he has his own, the kernels of long inputs write into it.
     """
-    given = (query, key, value) if key_mask is None else (query, key, value, key_mask)
     if order not in ("auto", "linear") or normalization not in ("softmax", "scaling"):
         return None
-    if not (are_plain(*given) and _are_right(query, key, value)):
+    if not are_plain(query, key, value) or (key_mask is not None and not are_plain(key_mask)):
         return None
+    recorded = records(query, key, value)
+    run = _way(
+        *(_library(backend), normalization, order, backend, fresh, recorded),
+        torch.get_num_threads(),
+        (query.dtype, query.shape, query.stride()),
+        (key.dtype, key.shape, key.stride()),
+        (value.dtype, value.shape, value.stride()),
+        key_mask if key_mask is None else (key_mask.dtype, key_mask.shape, key_mask.stride()),
+    )
+    return None if run is None else run(query, key, value, key_mask)
+
+
+def _library(backend: str) -> ctypes.CDLL | None:
+    """The kernels, if the call is theirs: somebody named them and the machine has them, or they are preferred."""
+    if backend == "native":
+        serve = native_build.is_built() or native_build.why_not() is None
+    else:
+        serve = native_build.is_preferred()
+    return native_build.load() if serve else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _way(
+    library: ctypes.CDLL | None,
+    normalization: str,
+    order: str,
+    backend: str,
+    fresh: bool,
+    recorded: bool,
+    threads: int,
+    query_layout: _Layout,
+    key_layout: _Layout,
+    value_layout: _Layout,
+    mask_layout: _Layout | None,
+) -> Callable[..., Tensor | None] | None:
+    """What computes queries, keys, values and a mask of such dtypes, shapes and strides, if it is done here.
+
+    A call is too short to ask all of this each time.
+    """
+    query, key, value = map(_like, (query_layout, key_layout, value_layout))
+    if not _are_right(query, key, value):
+        return None
+    key_mask = None if mask_layout is None else canonical_mask(_like(mask_layout), key)
     batch, heads, queries, channels = query.shape
     keys = key.shape[2]
     quadratic = order == "auto" and quadratic_is_cheaper(queries, keys, channels, value.shape[3])
-    recorded = records(query, key, value)
-    if _goes_to_kernels(query, backend):
+    if library is not None and query.dtype in native_short.DTYPES:
         if max(queries, keys) > native_short.LONGEST or not fresh:
             return None
-        arguments = query, key, value, canonical_mask(key_mask, key), normalization, quadratic
-        run = _Kernels.apply if recorded else native_short.efficient_attention
-        return run(*arguments)
-    if backend == "native" or key_mask is not None:
-        return None
+        run = native_short.attention(
+            query, key, value, key_mask, normalization, quadratic, library, threads
+        )
+        return functools.partial(_differentiable, run, normalization) if recorded else run
     itemsize = product_dtype(query.dtype).itemsize
-    if plain_is_cheaper(batch * heads, queries, keys, channels, itemsize, kept=recorded):
-        return plain.efficient_attention(query, key, value, normalization, quadratic)
-    return None
+    served = plain_is_cheaper(batch * heads, queries, keys, channels, itemsize, kept=recorded)
+    if backend == "native" or key_mask is not None or not served:
+        return None
+    return functools.partial(_plain, normalization, quadratic)
+
+
+def _like(layout: _Layout) -> Tensor:
+    """A tensor without memory."""
+    dtype, shape, strides = layout
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
+def _plain(
+    normalization: str, quadratic: bool, query: Tensor, key: Tensor, value: Tensor, _: None
+) -> Tensor | None:
+    return plain.efficient_attention(query, key, value, normalization, quadratic)
+
+
+def _differentiable(
+    run: Callable[..., Tensor],
+    normalization: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+) -> Tensor:
+    mask = canonical_mask(key_mask, key)
+    return _Kernels.apply(run, normalization, query, key, value, mask)
 
 
 class _Kernels(torch.autograd.Function):
     """The kernels, and theirs for the gradients."""
 
     @staticmethod
-    def forward(ctx, query, key, value, key_mask, normalization, quadratic):
+    def forward(ctx, run, normalization, query, key, value, key_mask):
         ctx.save_for_backward(query, key, value, key_mask)
         ctx.normalization = normalization
-        return native_short.efficient_attention(
-            query, key, value, key_mask, normalization, quadratic
-        )
+        return run(query, key, value, key_mask)
 
     @staticmethod
     def backward(ctx, d_output):
@@ -75,9 +144,9 @@ class _Kernels(torch.autograd.Function):
     def _gradients(ctx, d_output):
         query, key, value, key_mask = ctx.saved_tensors
         inputs = query, key, value
-        needs = ctx.needs_input_grad[:3]
+        needs = ctx.needs_input_grad[2:5]
         if nobody_watches(d_output, *inputs):
-            gradients = native_short.efficient_attention_backward(
+            gradients = native_short.gradients(
                 d_output, *inputs, key_mask, ctx.normalization, needs
             )
         else:  # the gradient itself will be differentiated, or is one of many
@@ -88,13 +157,7 @@ class _Kernels(torch.autograd.Function):
                 d_output,
                 needs,
             )
-        return *gradients, None, None, None
-
-
-def _goes_to_kernels(query: Tensor, backend: str) -> bool:
-    if backend == "native":
-        return native_launch.why_not(query) is None
-    return native_launch.is_preferred(query)
+        return None, None, *gradients, None
 
 
 def _are_right(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -1,9 +1,22 @@
-"""Who could notice how a value is computed: only where nobody could may it be computed without PyTorch's dispatcher."""
+"""Who could notice how a value is computed: only where nobody could may it be computed without PyTorch's dispatcher.
+
+Every call asks, so that what an attribute costs is felt: names are bound once.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+_is_compiling = torch.compiler.is_compiling
+_is_transformed = torch._C._are_functorch_transforms_active
+_count_modes = torch._C._len_torch_dispatch_stack
+_is_autocast_enabled = torch.is_autocast_enabled
+_trace = torch._C._get_tracing_state
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_grad_enabled = torch.is_grad_enabled
+_STRIDED = torch.strided
 
 
 def nobody_watches(*tensors: Tensor) -> bool:
@@ -13,25 +26,30 @@ def nobody_watches(*tensors: Tensor) -> bool:
 
 def are_plain(*tensors: Tensor) -> bool:
     """Whether these are plain tensors on a CPU, and nobody follows their operators, but perhaps for gradients."""
-    watched = (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._get_tracing_state() is not None
-    )
-    return not watched and all(map(_is_its_memory, tensors))
+    if (
+        _is_compiling()
+        or _is_transformed()
+        or _count_modes() > 0
+        or forward_ad._current_level >= 0
+        or _is_autocast_enabled("cpu")
+        or _trace() is not None
+    ):
+        return False
+    # A subclass or a parameter may be more than its values; a negative view is other than what is in memory; what is
+    # sparse has no strides; and zeros that were never written, or one of a batch of gradients
+    # (``torch.autograd.grad(..., is_grads_batched=True)``), have no memory of their own.
+    for x in tensors:
+        if type(x) is not Tensor or not x.is_cpu or x.layout is not _STRIDED:
+            return False
+        if x.is_neg() or x._is_zerotensor() or _is_batched(x):
+            return False
+    return True
 
 
 def records(*tensors: Tensor) -> bool:
     """Whether gradients are recorded for one of them."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _is_its_memory(x: Tensor) -> bool:
-    # A subclass or a parameter may be more than its values; a negative view is other than what is in memory; what is
-    # sparse has no strides; and zeros that were never written, or one of a batch of gradients
-    # (``torch.autograd.grad(..., is_grads_batched=True)``), have no memory of their own.
-    plain = type(x) is Tensor and x.is_cpu and x.layout is torch.strided and not x.is_neg()
-    return plain and not (x._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(x))
+    if _is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return True
+    return False

@@ -9,7 +9,7 @@ import torch
 
 from ...errors import InputError
 from ...memory import available_bytes
-from ...ops import native_build, native_launch
+from ...ops import native_build, native_calls
 from .allocators import ALLOCATORS, in_process
 from .entries import OURS
 from .measurement import ENTRIES, measure, work_of
@@ -154,7 +154,7 @@ def in_words(problem: Problem, found: Findings) -> list[str]:
 
 
 def _has_kernels(problem: Problem) -> bool | None:
-    served = problem.device == "cpu" and getattr(torch, problem.dtype) in native_launch.DTYPES
+    served = problem.device == "cpu" and getattr(torch, problem.dtype) in native_calls.DTYPES
     return native_build.is_built() if served and native_build.why_not() is None else None
 
 
