@@ -168,9 +168,11 @@ def test_no_channels_give_no_gradients(channels, kernels, way):
 
 
 @served
-@pytest.mark.parametrize("heads", [1, 2, 3])
-def test_more_threads_than_heads_change_no_bit(heads, kernels):
-    inputs = make_inputs(1, heads, 150, 150, 16, 16, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(150, 150), (1100, 600), (1100, 40)])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_more_threads_than_heads_change_no_bit(heads, lengths, dtype, kernels):
+    inputs = make_inputs(1, heads, *lengths, 24, 40, dtype=dtype)
     results = []
     for threads in (1, 4):
         torch.set_num_threads(threads)

@@ -19,10 +19,13 @@ from .native_calls import DTYPES, LONGEST_IN_CACHE, Argument, Problem, View, add
 
 __all__ = ["DTYPES", "LONGEST", "attention", "gradients"]
 
-# Queries and keys, each: what one thread computes of a head without sharing it.
+# Queries and keys, each.
 LONGEST = SHORTEST
 # Keys of the quadratic order: one block of the kernels.
 _MOST_QUADRATIC = 64
+
+# Positions that one thread computes of a head, at least.
+_RUN = 256
 
 _TENSORS = ("query", "key", "value", "mask", "output", "d_query", "d_key", "d_value")
 
@@ -121,7 +124,7 @@ def _structure(
             *(batch, heads, positions, LONGEST, 1, key_channels, value_channels, 1),
             **kinds,
             # All of the pool, or none of it: what is left over would be ended, and started again for the next.
-            threads=threads if batch * heads > 1 else 1,
+            threads=threads if batch * heads > 1 or max(queries, keys) > _RUN else 1,
             stream=batch * heads * positions * value_channels * dtype.itemsize > LONGEST_IN_CACHE,
         )
         for positions in (keys, queries)

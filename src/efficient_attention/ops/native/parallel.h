@@ -6,13 +6,15 @@
 
 #include "vectors.h"
 
+INLINE float *memory_for(int64_t floats) { return aligned_alloc(64, (size_t)(floats * 4 + 64) / 64 * 64); }
+
 /* `work` on each of `count` parts, each thread with scratch memory of its own; 1 if there is no memory. */
 static int for_each(int64_t count, int threads, void (*work)(const void *what, int64_t i, float *scratch),
                     const void *what, int64_t scratch_floats) {
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        float *scratch = aligned_alloc(64, (size_t)(scratch_floats * 4 + 63) / 64 * 64);
+        float *scratch = memory_for(scratch_floats);
         if (!scratch) {
 #pragma omp atomic write
             failed = 1;

@@ -1,7 +1,8 @@
-/* Efficient attention of short inputs: each head at once, from its queries, keys and values to its output, or from the
- * gradient of that to theirs.
+/* Efficient attention of short inputs in one call: each head at once, from its queries, keys and values to its output, or
+ * from the gradient of that to theirs, so that contexts and sums of chunks stay in the cache. Where that would leave threads
+ * without work, all work on chunks of the same heads.
  *
- * Keys and queries are one chunk each, so that neither contexts nor sums of chunks are in memory.
+ * Either way what is added, and in which order, is the same.
  */
 #include "passes.h"
 
@@ -12,43 +13,113 @@ typedef struct {
     int64_t quadratic; /* (rho_q(Q) rho_k(K)^T) V, for keys of one block */
 } Short;
 
+/* What is done for a head, in pieces that do not depend on each other. */
+typedef struct {
+    Work work;
+    int64_t pieces;
+} Step;
+
+/* Steps of all heads, one after another; `floats` is the memory in which a head leaves what later steps take. */
+typedef struct {
+    const Call *call;
+    const Step *steps;
+    int64_t count, floats;
+    float *memory;
+} Steps;
+
+/* All steps of one head. */
+static void whole_head(const void *what, int64_t i, float *scratch) {
+    const Steps *steps = what;
+    const int64_t heads = steps->call->p->heads;
+    Call call = *steps->call;
+    call.partials = scratch;
+    for (const Step *step = steps->steps; step < steps->steps + steps->count; step++)
+        for (int64_t piece = 0; piece < step->pieces; piece++)
+            step->work(&call, i / heads, i % heads, piece, scratch + steps->floats);
+}
+
+/* A piece of the first of the steps, of one of the heads. */
+static void piece_of_head(const void *what, int64_t i, float *scratch) {
+    const Steps *steps = what;
+    const int64_t pieces = steps->steps->pieces, head = i / pieces, heads = steps->call->p->heads;
+    Call call = *steps->call;
+    call.partials = steps->memory + head * steps->floats;
+    steps->steps->work(&call, head / heads, head % heads, i % pieces, scratch);
+}
+
+static int for_steps(const Call *call, const Step *each, int64_t count, int64_t floats, int64_t scratch_floats) {
+    Steps steps = {call, each, count, floats, NULL};
+    const int64_t heads = all_heads(call->p).count, chunks = larger(call->chunks, call->then->chunks);
+    const int threads = call->p->threads;
+    const int busy = heads % threads == 0 || heads >= 4 * threads;
+    if (busy || chunks == 1)
+        return for_each(heads, threads, whole_head, &steps, floats + scratch_floats);
+    steps.memory = memory_for(heads * floats);
+    int failed = !steps.memory;
+    for (; steps.steps < each + count && !failed; steps.steps++)
+        failed = for_each(heads * steps.steps->pieces, threads, piece_of_head, &steps, scratch_floats);
+    free(steps.memory);
+    return failed;
+}
+
+/* The sums of a chunk of the keys, of which the first come to the context; and behind them those of the queries, which
+ * come to its gradient. */
+INLINE Partial sums_of_keys(const Call *call, int64_t chunk) {
+    float *data = call->partials + chunk * partial_floats(call);
+    return take_partial(&data, call);
+}
+
+INLINE Partial sums_of_queries(const Call *call, int64_t chunk) { return sums_of_keys(call, call->chunks + chunk); }
+
+static void summarize_piece(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+    over_keys(call, batch, head, chunk, sums_of_keys(call, chunk), scratch);
+}
+
+/* LANES rows of sums come to those of the first, as a balanced tree. */
+INLINE Partial add_up(const Call *call, Partial (*sums_of)(const Call *call, int64_t chunk), int64_t chunks, int64_t slice) {
+    for (int64_t apart = 1; apart < chunks; apart *= 2)
+        for (int64_t a = 0; a + apart < chunks; a += 2 * apart)
+            merge(part_of(sums_of(call, a), slice * LANES, LANES), part_of(sums_of(call, a + apart), slice * LANES, LANES));
+    return part_of(sums_of(call, 0), slice * LANES, LANES);
+}
+
 /* What keys are divided by: their sums, or how many there are; where nothing has any weight, 1. */
 static void divisors(const Call *call, int64_t batch, int64_t head, float *total, int64_t width) {
     const Matrix mask = mask_of(&call->mask, batch, head);
     int64_t count = mask.data ? 0 : call->p->positions;
-    for (int64_t n = 0; mask.data && n < call->p->positions; n++) count += mask.data[n * mask.down] != 0;
+    for (int64_t n = 0; !call->p->softmax && mask.data && n < call->p->positions; n++)
+        count += mask.data[n * mask.down] != 0;
     for (int64_t c = 0; c < width; c += LANES) {
         const vec x = call->p->softmax ? LOAD(total + c) : SPLAT((float)count);
         STORE(total + c, MAX(x, SPLAT(1.0f)));
     }
 }
 
-/* The means of a head's values, relative to shift and total. */
-static void summarize_head(const Call *call, int64_t batch, int64_t head, Partial context, float *scratch) {
-    const Block sums = context.sums;
-    over_keys(call, batch, head, 0, context, scratch);
-    divisors(call, batch, head, context.total, sums.rows);
-    for (int64_t c = 0; c < sums.rows; c++) {
+/* Rows of the context: means of the values. */
+static void mean_piece(const Call *call, int64_t batch, int64_t head, int64_t slice, float *scratch) {
+    const Partial context = add_up(call, sums_of_keys, call->chunks, slice);
+    (void)scratch;
+    divisors(call, batch, head, context.total, LANES);
+    for (int64_t c = 0; c < LANES; c++) {
         const vec by = SPLAT(1.0f / context.total[c]);
-        for (int64_t e = 0; e < sums.columns; e += LANES)
-            STORE(row_of(sums, c) + e, LOAD(row_of(sums, c) + e) * by);
+        for (int64_t e = 0; e < context.sums.columns; e += LANES)
+            STORE(row_of(context.sums, c) + e, LOAD(row_of(context.sums, c) + e) * by);
     }
 }
 
-INLINE int64_t summarize_head_floats(const Call *call) { return over_keys_floats(call->p) + partial_floats(call); }
-
-static void linear(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
-    const Partial context = take_partial(&scratch, call);
-    summarize_head(call, batch, head, context, scratch);
-    over_queries(call->then, batch, head, chunk, context.sums, scratch);
+static void attend_piece(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+    over_queries(call->then, batch, head, chunk, sums_of_keys(call, 0).sums, scratch);
 }
 
-INLINE int64_t linear_floats(const Call *call) {
-    return partial_floats(call) + larger(summarize_head_floats(call), over_queries_floats(call->then->p));
+static int linear(const Call *call) {
+    const int64_t chunks = call->chunks, slices = padded(call->p->key_channels) / LANES;
+    const Step steps[] = {{summarize_piece, chunks}, {mean_piece, slices}, {attend_piece, call->then->chunks}};
+    const int64_t scratch = larger(over_keys_floats(call->p), over_queries_floats(call->then->p));
+    return for_steps(call, steps, 3, chunks * partial_floats(call), scratch);
 }
 
-/* The quadratic order; the keys are one block. */
-static void quadratic(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+/* The quadratic order for a chunk of the queries; the keys are one block. */
+static void quadratic_piece(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
     const Problem *p = call->p;
     const Call *then = call->then;
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
@@ -59,7 +130,7 @@ static void quadratic(const Call *call, int64_t batch, int64_t head, int64_t chu
     const Matrix mask = mask_of(&call->mask, batch, head);
     const float nothing = p->softmax ? -INFINITY : 0.0f;
     const int pairs = in_pairs(p);
-    const Span all = block_in(p, chunk, 0);
+    const Span all = block_in(p, 0, 0);
     const int64_t rows = filled(all);
     const Block keys = take(&scratch, rows, width), values = take(&scratch, rows, columns);
     const Block shift = take(&scratch, 1, width), total = take(&scratch, 1, width);
@@ -92,21 +163,26 @@ static void quadratic(const Call *call, int64_t batch, int64_t head, int64_t chu
     }
 }
 
-INLINE int64_t quadratic_floats(const Problem *p) {
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    return BLOCK * (4 * width + 2 * columns + 2 * BLOCK) + 2 * width + ROWS * (BLOCK + columns);
+static int quadratic(const Call *call) {
+    const int64_t width = padded(call->p->key_channels), columns = padded(call->p->value_channels);
+    const int64_t scratch = BLOCK * (4 * width + 2 * columns + 2 * BLOCK) + 2 * width + ROWS * (BLOCK + columns);
+    const Step step = {quadratic_piece, call->then->chunks};
+    return for_steps(call, &step, 1, 0, scratch);
 }
 
-/* Gradients by the linear order; the context is computed again rather than kept. */
-static void backward(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
-    const Partial context = take_partial(&scratch, call), wanted = take_partial(&scratch, call);
-    const int of_keys = call->d_key.data || call->d_value.data;
-    const Partial d_mean = of_keys ? wanted : (Partial){0};
-    summarize_head(call, batch, head, context, scratch);
-    back_over_queries(call->then, batch, head, chunk, context.sums, d_mean, scratch);
-    if (!of_keys) return;
-    float *correction = d_mean.total;
-    for (int64_t c = 0; c < context.sums.rows; c++) {
+/* What the queries get of the context, and their part in its gradient where somebody asks for that of keys or values. */
+static void attend_piece_backward(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+    const int wanted = call->d_key.data || call->d_value.data;
+    const Partial d_mean = wanted ? sums_of_queries(call, chunk) : (Partial){0};
+    back_over_queries(call->then, batch, head, chunk, sums_of_keys(call, 0).sums, d_mean, scratch);
+}
+
+/* Rows of the context's gradient, over its total; in place of totals what comes to all keys alike. */
+static void slope_piece(const Call *call, int64_t batch, int64_t head, int64_t slice, float *scratch) {
+    const Partial d_mean = add_up(call, sums_of_queries, call->then->chunks, slice);
+    const Partial context = part_of(sums_of_keys(call, 0), slice * LANES, LANES);
+    (void)batch, (void)head, (void)scratch;
+    for (int64_t c = 0; c < LANES; c++) {
         const vec by = SPLAT(1.0f / context.total[c]);
         vec product = SPLAT(0.0f);
         for (int64_t e = 0; e < context.sums.columns; e += LANES) {
@@ -114,38 +190,54 @@ static void backward(const Call *call, int64_t batch, int64_t head, int64_t chun
             STORE(d, LOAD(d) * by);
             product = FMA(LOAD(d), LOAD(row_of(context.sums, c) + e), product);
         }
-        correction[c] = 0.0f;
-        for (int i = 0; i < LANES; i++) correction[c] += product[i];
+        d_mean.total[c] = 0.0f;
+        for (int i = 0; i < LANES; i++) d_mean.total[c] += product[i];
     }
-    back_over_keys(call, batch, head, chunk, d_mean.sums, context.shift, correction, scratch);
 }
 
-INLINE int64_t backward_floats(const Call *call) {
-    const int64_t over_queries = back_over_queries_floats(call->then->p) + partial_floats(call);
-    const int64_t longest = larger(over_queries, back_over_keys_floats(call->p));
-    return 2 * partial_floats(call) + larger(longest, summarize_head_floats(call));
+static void summarize_piece_backward(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+    const Partial d_mean = sums_of_queries(call, 0);
+    back_over_keys(call, batch, head, chunk, d_mean.sums, sums_of_keys(call, 0).shift, d_mean.total, scratch);
 }
+
+/* Gradients by the linear order; the context is computed again rather than kept. */
+static int backward(const Call *call) {
+    const int64_t keys = call->chunks, queries = call->then->chunks, slices = padded(call->p->key_channels) / LANES;
+    const Step steps[] = {{summarize_piece, keys}, {mean_piece, slices}, {attend_piece_backward, queries},
+                          {slope_piece, slices}, {summarize_piece_backward, keys}};
+    const int wanted = call->d_key.data || call->d_value.data;
+    const int64_t of_keys = larger(over_keys_floats(call->p), back_over_keys_floats(call->p));
+    const int64_t scratch = larger(of_keys, back_over_queries_floats(call->then->p));
+    return for_steps(call, steps, wanted ? 5 : 3, (keys + queries) * partial_floats(call), scratch);
+}
+
+/* In chunks of one run. */
+INLINE Problem in_runs(Problem p) {
+    p.chunk = RUN * BLOCK;
+    return p;
+}
+
+INLINE int64_t runs_of(const Problem *p) { return larger(1, chunks_of(p)); }
 
 /* rho_q(Q) rho_k(K)^T V [batch, heads, N, Dv]. */
 int efficient_attention(const Short *s, char *query, char *key, char *value, char *mask, char *output) {
-    Call queries = {.p = &s->queries, .parts = 1, .query = s->query, .output = s->output};
+    const Problem of_keys = in_runs(s->keys), of_queries = in_runs(s->queries);
+    Call queries = {.p = &of_queries, .parts = 1, .chunks = runs_of(&of_queries), .query = s->query, .output = s->output};
     queries.query.data = query, queries.output.data = output;
-    Call call = {.p = &s->keys, .chunks = 1, .parts = 1, .key = s->key, .value = s->value, .mask = s->mask};
+    Call call = {.p = &of_keys, .parts = 1, .chunks = runs_of(&of_keys), .then = &queries, .key = s->key, .value = s->value, .mask = s->mask};
     call.key.data = key, call.value.data = value, call.mask.data = mask;
-    call.heads = all_heads(&s->keys), call.then = &queries;
-    if (s->quadratic) return for_chunks(&call, quadratic, quadratic_floats(&s->keys));
-    return for_chunks(&call, linear, linear_floats(&call));
+    return s->quadratic ? quadratic(&call) : linear(&call);
 }
 
 /* Its gradients, laid out as the inputs are, and with respect to those for which there is memory. */
 int efficient_attention_backward(const Short *s, char *query, char *key, char *value, char *mask, char *d_output,
                                  char *d_query, char *d_key, char *d_value) {
-    Call queries = {.p = &s->queries, .parts = 1, .query = s->query, .d_output = s->output, .d_query = s->d_query};
+    const Problem of_keys = in_runs(s->keys), of_queries = in_runs(s->queries);
+    Call queries = {.p = &of_queries, .parts = 1, .chunks = runs_of(&of_queries), .query = s->query, .d_output = s->output, .d_query = s->d_query};
     queries.query.data = query, queries.d_output.data = d_output, queries.d_query.data = d_query;
-    Call call = {.p = &s->keys, .chunks = 1, .parts = 1, .key = s->key, .value = s->value, .mask = s->mask};
+    Call call = {.p = &of_keys, .parts = 1, .chunks = runs_of(&of_keys), .then = &queries, .key = s->key, .value = s->value, .mask = s->mask};
     call.d_key = s->d_key, call.d_value = s->d_value;
     call.key.data = key, call.value.data = value, call.mask.data = mask;
-    call.heads = all_heads(&s->keys), call.then = &queries;
     call.d_key.data = d_key, call.d_value.data = d_value;
-    return for_chunks(&call, backward, backward_floats(&call));
+    return backward(&call);
 }
