@@ -55,7 +55,8 @@ INLINE Heads by_head(const Layers *l, const float *pooled, const float *column_s
 /* context [B, h, dk / h, dv / h] = pooled Wv^T + column_sums bv; mean [B, dk, C] = context Wo^T, and under softmax
  * + bo / h; from pooled [B, dk, S] and column_sums [B, dk]. */
 static int fold(const Layers *l, const float *pooled, const float *column_sums, const View *value_weight,
-         const View *value_bias, const View *output_weight, const View *output_bias, float *context, float *mean) {
+                const View *value_bias, const View *output_weight, const View *output_bias, float *context,
+                float *mean) {
     const Heads of = by_head(l, pooled, column_sums, context, value_weight, value_bias, output_weight);
     float share = 1.0f / l->heads; /* of each head in the output's bias, as its queries' weights sum to one */
     const Product values = {
@@ -77,11 +78,11 @@ typedef struct {
     const Layers *l;
     const float *pooled, *total;
     float *slopes, *constant;
-} Keys;
+} Slopes;
 
 /* Row i of [B dk, S]: d_pooled and d_sums become slopes and constant. */
 static void slope_of_key(const void *what, int64_t i, float *scratch) {
-    const Keys *keys = what;
+    const Slopes *keys = what;
     const int64_t channels = keys->l->source_channels;
     const float *pooled = keys->pooled + i * channels, by = keys->total[i] > 1.0f ? keys->total[i] : 1.0f;
     float *slope = keys->slopes + i * channels;
@@ -99,40 +100,53 @@ static void slope_of_key(const void *what, int64_t i, float *scratch) {
     keys->constant[i] = keys->l->softmax ? -correction : keys->constant[i] / by;
 }
 
-/* From the gradient d_mean [B, dk, C]: those of weights and biases, summed over samples, and for summarize_module_backward
- * slopes [B, dk, S] and constant [B, dk]; d_context is memory of the size of the context. */
-static int fold_backward(const Layers *l, const View *d_mean, const float *pooled, const float *total, const float *column_sums,
-                  const float *context, const View *value_weight, const View *value_bias, const View *output_weight,
-                  float *d_context, float *slopes, float *constant, const View *d_value_weight,
-                  const View *d_value_bias, const View *d_output_weight, const View *d_output_bias) {
+/* From the gradient d_mean [B, dk, C]: those of weights and biases, summed over samples, and slopes [B, dk, S] and
+ * constant [B, dk] for summarize_module_backward; d_context is memory of the size of the context. */
+static int fold_backward(const Layers *l, const View *d_mean, const float *pooled, const float *total,
+                         const float *column_sums, const float *context, const View *value_weight,
+                         const View *value_bias, const View *output_weight, float *d_context, float *slopes,
+                         float *constant, const View *d_value_weight, const View *d_value_bias,
+                         const View *d_output_weight, const View *d_output_bias) {
     const Heads of = by_head(l, pooled, column_sums, context, value_weight, value_bias, output_weight);
     const Heads to = by_head(l, slopes, constant, d_context, d_value_weight, d_value_bias, d_output_weight);
     const Matrices d_means = rows_by_head(*d_mean, of.keys, 4), everything = {*d_mean, 4};
     float share = 1.0f / l->heads;
+    const int64_t keys = of.keys, values = of.values, inputs = l->source_channels, outputs = l->output_channels;
     const Product contexts = {
-        l->batch, l->heads, of.keys, l->output_channels, of.values,
+        l->batch, l->heads, keys, outputs, values,
         .target = to.context, .left = d_means, .right = of.output_weight,
     };
-    const View none = {0}, bias = l->softmax ? *d_output_bias : none;
-    memset(constant, 0, l->batch * l->key_channels * 4);
-    const Product rest[] = {
-        {l->batch, l->heads, of.keys, of.values, l->source_channels,
-         .target = to.pooled, .left = to.context, .right = of.value_weight},
-        {l->batch, l->heads, of.keys, of.values, 1,
-         .target = l->softmax || !of.value_bias.view.data ? (Matrices){0} : to.column_sums, .left = to.context,
-         .right = turned(of.value_bias)},
-        {l->batch, l->heads, of.values, of.keys, l->source_channels,
-         .target = to.value_weight, .left = turned(to.context), .right = of.pooled, .summed = 1},
-        {l->batch, l->heads, 1, of.keys, of.values,
-         .target = to.value_bias, .left = turned(of.column_sums), .right = to.context, .summed = 1},
-        {l->batch, l->heads, l->output_channels, of.keys, of.values,
-         .target = to.output_weight, .left = turned(d_means), .right = of.context, .summed = 1},
-        {l->batch, 1, 1, l->key_channels, l->output_channels,
-         .target = {bias, of.size}, .left = {{(char *)&share}, 4}, .right = everything, .summed = 1},
+    const Product means = {
+        l->batch, l->heads, keys, values, inputs,
+        .target = to.pooled, .left = to.context, .right = of.value_weight,
     };
-    const Keys keys = {l, pooled, total, slopes, constant};
-    return multiply_matrices(&contexts, 1, l->threads) || multiply_matrices(rest, sizeof rest / sizeof *rest, l->threads)
-        || for_each(l->batch * l->key_channels, l->threads, slope_of_key, &keys, 1);
+    const Product sums = {
+        l->batch, l->heads, keys, values, 1,
+        .target = to.column_sums, .left = to.context, .right = turned(of.value_bias),
+    };
+    const Product value_weights = {
+        l->batch, l->heads, values, keys, inputs,
+        .target = to.value_weight, .left = turned(to.context), .right = of.pooled, .summed = 1,
+    };
+    const Product value_biases = {
+        l->batch, l->heads, 1, keys, values,
+        .target = to.value_bias, .left = turned(of.column_sums), .right = to.context, .summed = 1,
+    };
+    const Product output_weights = {
+        l->batch, l->heads, outputs, keys, values,
+        .target = to.output_weight, .left = turned(d_means), .right = of.context, .summed = 1,
+    };
+    const Product output_biases = {
+        l->batch, 1, 1, l->key_channels, outputs,
+        .target = {*d_output_bias, of.size}, .left = {{(char *)&share}, 4}, .right = everything, .summed = 1,
+    };
+    const Product of_context[] = {means, value_weights, value_biases, output_weights};
+    const Slopes slopes_of_keys = {l, pooled, total, slopes, constant};
+    memset(constant, 0, l->batch * l->key_channels * 4);
+    return multiply_matrices(&contexts, 1, l->threads) || multiply_matrices(of_context, 4, l->threads)
+        || (l->softmax && multiply_matrices(&output_biases, 1, l->threads))
+        || (!l->softmax && value_bias->data && multiply_matrices(&sums, 1, l->threads))
+        || for_each(l->batch * l->key_channels, l->threads, slope_of_key, &slopes_of_keys, 1);
 }
 
 #endif

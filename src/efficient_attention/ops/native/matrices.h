@@ -86,7 +86,8 @@ static void multiply_tile(const void *what, int64_t i, float *scratch) {
     for (; i >= tiles_of(p); p++) i -= tiles_of(p);
     const int64_t width = pieces(p->columns, TILE), height = pieces(p->rows, TILE);
     const int64_t head = i / width / height % p->heads, sample = i / width / height / p->heads;
-    const Span rows = piece(p->rows, TILE, i / width % height), columns = piece(p->columns, TILE, i % width), one = {0, 1};
+    const Span rows = piece(p->rows, TILE, i / width % height), columns = piece(p->columns, TILE, i % width);
+    const Span one = {0, 1};
     const Block sums = {scratch, padded(rows.count), padded(columns.count)};
     float *left_memory = scratch + TILE * TILE, *right_memory = left_memory + TILE * SUM;
     start(sums, part(matrix_of(p->down, sample, head, p->rows, 1), rows, one),
@@ -96,7 +97,8 @@ static void multiply_tile(const void *what, int64_t i, float *scratch) {
         const Matrix right = matrix_of(p->right, b, head, p->steps, p->columns);
         for (int64_t k = 0; k < pieces(p->steps, SUM); k++) {
             const Span steps = piece(p->steps, SUM, k);
-            add_matrices(sums, copy(part(left, rows, steps), left_memory), copy(part(right, steps, columns), right_memory));
+            const Block here = copy(part(left, rows, steps), left_memory);
+            add_matrices(sums, here, copy(part(right, steps, columns), right_memory));
         }
     }
     store(sums, part(matrix_of(p->target, sample, head, p->rows, p->columns), rows, columns), 0);

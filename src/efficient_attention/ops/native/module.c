@@ -51,8 +51,8 @@ typedef struct {
 } Sizes;
 
 INLINE Sizes sizes_of(const Module *m) {
-    const int64_t row = m->keys.batch * m->keys.key_channels;
-    return (Sizes){row * m->keys.value_channels, row * m->queries.value_channels, row * m->value_channels / m->heads, row};
+    const int64_t row = m->keys.batch * m->keys.key_channels, values = m->value_channels / m->heads;
+    return (Sizes){row * m->keys.value_channels, row * m->queries.value_channels, row * values, row};
 }
 
 /* Those of sums of chunks. */

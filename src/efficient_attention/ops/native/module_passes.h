@@ -192,8 +192,9 @@ static void attend_chunk(const Call *call, int64_t batch, int64_t head, int64_t 
 static int attend_module(Call *call) {
     const Problem *p = call->p;
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
+    const int64_t floats = (2 * BLOCK + ROWS + 4 * width) * columns + width + (2 * width + ROWS) * BLOCK;
     call->chunks = chunks_of(p), call->heads = all_heads(p);
-    return for_chunks(call, attend_chunk, (2 * BLOCK + ROWS + 4 * width) * columns + width + (2 * width + ROWS) * BLOCK);
+    return for_chunks(call, attend_chunk, floats);
 }
 
 static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
@@ -259,7 +260,7 @@ static void add_row(const void *what, int64_t i, float *scratch) {
     store(row, rows_in(samples->target, (Span){i, 1}), 0);
 }
 
-/* weight [Dk, C] = the sum of sums [batch, parts, Dk, C], the last of the parts, over samples; bias [Dk] that of totals. */
+/* Over samples, weight [Dk, C] = the sum of the last of the parts of sums [batch, parts, Dk, C]; bias that of totals. */
 static int add_samples(const Call *call, const float *sums, const float *totals, const View *weight, const View *bias) {
     const Problem *p = call->p;
     const int64_t rows = p->key_channels, columns = p->value_channels, last = (call->parts - 1) * rows;

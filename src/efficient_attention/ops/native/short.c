@@ -1,8 +1,6 @@
-/* Efficient attention of short inputs in one call: each head at once, from its queries, keys and values to its output, or
- * from the gradient of that to theirs, so that contexts and sums of chunks stay in the cache. Where that would leave threads
- * without work, all work on chunks of the same heads.
- *
- * Either way what is added, and in which order, is the same.
+/* Efficient attention of short inputs in one call: each head at once, from its queries, keys and values to its output,
+ * or from the gradient of that to theirs, so that contexts and sums of chunks stay in the cache. Where that would leave
+ * threads without work, all work on chunks of the same heads. What is added, and in which order, is the same.
  */
 #include "passes.h"
 
@@ -76,11 +74,13 @@ static void summarize_piece(const Call *call, int64_t batch, int64_t head, int64
 }
 
 /* LANES rows of sums come to those of the first, as a balanced tree. */
-INLINE Partial add_up(const Call *call, Partial (*sums_of)(const Call *call, int64_t chunk), int64_t chunks, int64_t slice) {
+INLINE Partial add_up(const Call *call, Partial (*sums_of)(const Call *call, int64_t chunk), int64_t chunks,
+                      int64_t slice) {
+    const int64_t first = slice * LANES;
     for (int64_t apart = 1; apart < chunks; apart *= 2)
         for (int64_t a = 0; a + apart < chunks; a += 2 * apart)
-            merge(part_of(sums_of(call, a), slice * LANES, LANES), part_of(sums_of(call, a + apart), slice * LANES, LANES));
-    return part_of(sums_of(call, 0), slice * LANES, LANES);
+            merge(part_of(sums_of(call, a), first, LANES), part_of(sums_of(call, a + apart), first, LANES));
+    return part_of(sums_of(call, 0), first, LANES);
 }
 
 /* What keys are divided by: their sums, or how many there are; where nothing has any weight, 1. */
@@ -170,7 +170,7 @@ static int quadratic(const Call *call) {
     return for_steps(call, &step, 1, 0, scratch);
 }
 
-/* What the queries get of the context, and their part in its gradient where somebody asks for that of keys or values. */
+/* Gradients of queries, and their part in that of the context, where somebody asks for those of keys or values. */
 static void attend_piece_backward(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
     const int wanted = call->d_key.data || call->d_value.data;
     const Partial d_mean = wanted ? sums_of_queries(call, chunk) : (Partial){0};
@@ -203,8 +203,10 @@ static void summarize_piece_backward(const Call *call, int64_t batch, int64_t he
 /* Gradients by the linear order; the context is computed again rather than kept. */
 static int backward(const Call *call) {
     const int64_t keys = call->chunks, queries = call->then->chunks, slices = padded(call->p->key_channels) / LANES;
-    const Step steps[] = {{summarize_piece, keys}, {mean_piece, slices}, {attend_piece_backward, queries},
-                          {slope_piece, slices}, {summarize_piece_backward, keys}};
+    const Step steps[] = {
+        {summarize_piece, keys}, {mean_piece, slices}, {attend_piece_backward, queries},
+        {slope_piece, slices}, {summarize_piece_backward, keys},
+    };
     const int wanted = call->d_key.data || call->d_value.data;
     const int64_t of_keys = larger(over_keys_floats(call->p), back_over_keys_floats(call->p));
     const int64_t scratch = larger(of_keys, back_over_queries_floats(call->then->p));
@@ -217,27 +219,34 @@ INLINE Problem in_runs(Problem p) {
     return p;
 }
 
-INLINE int64_t runs_of(const Problem *p) { return larger(1, chunks_of(p)); }
+/* The keys and values, and what is then done with the queries, at least one run of both. */
+INLINE Call calls(const Short *s, const Problem *of_keys, const Problem *of_queries, Call *queries) {
+    *queries = (Call){.p = of_queries, .parts = 1, .query = s->query};
+    queries->chunks = larger(1, chunks_of(of_queries));
+    Call keys = {.p = of_keys, .parts = 1, .key = s->key, .value = s->value, .mask = s->mask, .then = queries};
+    keys.chunks = larger(1, chunks_of(of_keys));
+    return keys;
+}
 
 /* rho_q(Q) rho_k(K)^T V [batch, heads, N, Dv]. */
 int efficient_attention(const Short *s, char *query, char *key, char *value, char *mask, char *output) {
     const Problem of_keys = in_runs(s->keys), of_queries = in_runs(s->queries);
-    Call queries = {.p = &of_queries, .parts = 1, .chunks = runs_of(&of_queries), .query = s->query, .output = s->output};
+    Call queries, keys = calls(s, &of_keys, &of_queries, &queries);
+    keys.key.data = key, keys.value.data = value, keys.mask.data = mask;
+    queries.output = s->output;
     queries.query.data = query, queries.output.data = output;
-    Call call = {.p = &of_keys, .parts = 1, .chunks = runs_of(&of_keys), .then = &queries, .key = s->key, .value = s->value, .mask = s->mask};
-    call.key.data = key, call.value.data = value, call.mask.data = mask;
-    return s->quadratic ? quadratic(&call) : linear(&call);
+    return s->quadratic ? quadratic(&keys) : linear(&keys);
 }
 
 /* Its gradients, laid out as the inputs are, and with respect to those for which there is memory. */
 int efficient_attention_backward(const Short *s, char *query, char *key, char *value, char *mask, char *d_output,
                                  char *d_query, char *d_key, char *d_value) {
     const Problem of_keys = in_runs(s->keys), of_queries = in_runs(s->queries);
-    Call queries = {.p = &of_queries, .parts = 1, .chunks = runs_of(&of_queries), .query = s->query, .d_output = s->output, .d_query = s->d_query};
+    Call queries, keys = calls(s, &of_keys, &of_queries, &queries);
+    keys.d_key = s->d_key, keys.d_value = s->d_value;
+    keys.key.data = key, keys.value.data = value, keys.mask.data = mask;
+    keys.d_key.data = d_key, keys.d_value.data = d_value;
+    queries.d_output = s->output, queries.d_query = s->d_query;
     queries.query.data = query, queries.d_output.data = d_output, queries.d_query.data = d_query;
-    Call call = {.p = &of_keys, .parts = 1, .chunks = runs_of(&of_keys), .then = &queries, .key = s->key, .value = s->value, .mask = s->mask};
-    call.d_key = s->d_key, call.d_value = s->d_value;
-    call.key.data = key, call.value.data = value, call.mask.data = mask;
-    call.d_key.data = d_key, call.d_value.data = d_value;
-    return backward(&call);
+    return backward(&keys);
 }

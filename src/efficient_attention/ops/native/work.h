@@ -151,7 +151,7 @@ static void gather(const Call *call, float *sums, float *shift, float *total) {
 
 /* `for_chunks` with a Partial for each, at least one a head, and what they come to; 1 if there is no memory. These are
  * the caller's (native_calls.py), so that his account of memory has them, and there for so many heads at a time. */
-static int for_partials(Call *call, Work work, int64_t scratch_floats, float *sums, float *shift, float *total) {
+static inline int for_partials(Call *call, Work work, int64_t scratch_floats, float *sums, float *shift, float *total) {
     const Span all = all_heads(call->p);
     call->chunks = call->p->positions ? chunks_of(call->p) : 1;
     for (int64_t start = 0; start < all.count; start += call->p->together) {
