@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from efficient_attention.ops import native_build, native_short, short
+from efficient_attention.ops import native_build, native_short
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,6 @@ def kernels(request, libraries, monkeypatch):
 def two_passes(monkeypatch):
     """Short inputs take the way of long ones."""
     monkeypatch.setattr(native_short, "LONGEST", -1)
-    monkeypatch.setattr(short, "_way", short._way.__wrapped__)  # which knows it from before
 
 
 @pytest.fixture(params=["at once", "in two passes"])

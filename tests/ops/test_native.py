@@ -353,6 +353,15 @@ def test_a_machine_that_cannot_have_them_says_why(function, answer, reason, monk
 
 
 @served
+@pytest.mark.parametrize("wrong", ["dtype", "shape"])
+def test_nothing_is_compiled_for_what_they_do_not_serve(wrong, empty_cache, monkeypatch):
+    monkeypatch.setattr(native_build, "_compile", lambda path: pytest.fail("it was compiled"))
+    query, key, value = make_inputs(dtype=torch.float64 if wrong == "dtype" else torch.float32)
+    with pytest.raises((NotImplementedError, ValueError), match=r"float64|key must have shape"):
+        by("native")(query, key if wrong == "dtype" else key[:, :1], value)
+
+
+@served
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(empty_cache, monkeypatch):
     monkeypatch.setattr(native_build, "FLAGS", ("-include", "nowhere.h", "-shared"))
     with pytest.raises(RuntimeError, match=r"do not compile: .*\n(.*\n)*.*nowhere\.h"):

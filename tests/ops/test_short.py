@@ -122,6 +122,7 @@ def test_the_order_is_that_of_the_planner():
 def test_few_operators_run():
     # A budget of operators rather than of time: softmax twice, two products, and the search for empty channels.
     inputs = make_inputs(dtype=torch.float32)
+    efficient_attention(*inputs)  # how it is computed is found out once
     with torch.profiler.profile() as profile:
         efficient_attention(*inputs)
     called = [e for e in profile.events() if e.cpu_parent is None]

@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 # Chunks of one head or sample, at most.
 MOST = 64
-# Positions of a chunk of the operator, at least; and of a module, where a position is more work.
+# Positions of a chunk of the operator, at least; and of short inputs and of a module, where a position is more work.
 SHORTEST = 2048
 SHORTEST_OF_MODULE = 256
+_SHORTEST_OF_SHORT = 256
+# The numbers of a context whose sums may be there for every so many positions of short inputs.
+_SMALL_CONTEXT = 128 * 256
 
 # Sums of as many heads or samples are in memory at a time as take no more numbers than this, or have so many chunks for
 # each thread, so that they do not grow with the batch.
@@ -30,6 +33,12 @@ def module_chunk_length(positions: int, key_channels: int) -> int:
     """The same for a module: beyond eight, their sums ``[dk, C]`` are as many numbers as a sixteenth of X."""
     most = min(max(8, positions // (16 * key_channels)), MOST)
     return SHORTEST_OF_MODULE * max(1, _ceil(positions, most * SHORTEST_OF_MODULE))
+
+
+def short_chunk_length(key_channels: int, value_channels: int) -> int:
+    """The same for inputs of up to ``SHORTEST`` positions; sums of a head's chunks are no more than about 1 MiB."""
+    times = _ceil(key_channels * value_channels, _SMALL_CONTEXT)
+    return min(_SHORTEST_OF_SHORT * max(1, times), SHORTEST)
 
 
 class Sums(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .chunks import SHORTEST
+from .chunks import SHORTEST, short_chunk_length
 from .huge_pages import on_huge_pages
 from .layout import empty_output
 from .native_calls import DTYPES, LONGEST_IN_CACHE, Argument, Problem, View, address, check, run
@@ -23,9 +23,6 @@ __all__ = ["DTYPES", "LONGEST", "attention", "gradients"]
 LONGEST = SHORTEST
 # Keys of the quadratic order: one block of the kernels.
 _MOST_QUADRATIC = 64
-
-# Positions that one thread computes of a head, at least.
-_RUN = 256
 
 _TENSORS = ("query", "key", "value", "mask", "output", "d_query", "d_key", "d_value")
 
@@ -118,13 +115,14 @@ def _structure(
 ) -> Argument:
     batch, heads, queries, key_channels = query
     keys, value_channels = value[2:]
+    chunk = short_chunk_length(key_channels, value_channels)
     kinds = {"bfloat16": dtype == torch.bfloat16, "softmax": normalization == "softmax"}
     problems = (
         Problem(
-            *(batch, heads, positions, LONGEST, 1, key_channels, value_channels, 1),
+            *(batch, heads, positions, chunk, 1, key_channels, value_channels, 1),
             **kinds,
             # All of the pool, or none of it: what is left over would be ended, and started again for the next.
-            threads=threads if batch * heads > 1 or max(queries, keys) > _RUN else 1,
+            threads=threads if batch * heads > 1 or max(queries, keys) > chunk else 1,
             stream=batch * heads * positions * value_channels * dtype.itemsize > LONGEST_IN_CACHE,
         )
         for positions in (keys, queries)

@@ -43,7 +43,7 @@ def efficient_attention(
         return None
     recorded = records(query, key, value)
     run = _way(
-        *(_library(backend), normalization, order, backend, fresh, recorded),
+        *(_library(backend, query, key, value), normalization, order, backend, fresh, recorded),
         torch.get_num_threads(),
         (query.dtype, query.shape, query.stride()),
         (key.dtype, key.shape, key.stride()),
@@ -53,12 +53,13 @@ def efficient_attention(
     return None if run is None else run(query, key, value, key_mask)
 
 
-def _library(backend: str) -> ctypes.CDLL | None:
-    """The kernels, if the call is theirs: somebody named them and the machine has them, or they are preferred."""
-    if backend == "native":
-        serve = native_build.is_built() or native_build.why_not() is None
-    else:
-        serve = native_build.is_preferred()
+def _library(backend: str, *inputs: Tensor) -> ctypes.CDLL | None:
+    """The kernels, if the call may be theirs: they are preferred, or somebody named them and the machine has them."""
+    if backend == "auto":
+        return native_build.load() if native_build.is_preferred() else None
+    if inputs[0].dtype not in native_short.DTYPES or not _are_right(*inputs):
+        return None  # without a word from the compiler
+    serve = native_build.is_built() or native_build.why_not() is None
     return native_build.load() if serve else None
 
 
@@ -83,20 +84,20 @@ def _way(
     query, key, value = map(_like, (query_layout, key_layout, value_layout))
     if not _are_right(query, key, value):
         return None
-    key_mask = None if mask_layout is None else canonical_mask(_like(mask_layout), key)
     batch, heads, queries, channels = query.shape
     keys = key.shape[2]
     quadratic = order == "auto" and quadratic_is_cheaper(queries, keys, channels, value.shape[3])
     if library is not None and query.dtype in native_short.DTYPES:
         if max(queries, keys) > native_short.LONGEST or not fresh:
             return None
+        key_mask = None if mask_layout is None else canonical_mask(_like(mask_layout), key)
         run = native_short.attention(
             query, key, value, key_mask, normalization, quadratic, library, threads
         )
         return functools.partial(_differentiable, run, normalization) if recorded else run
     itemsize = product_dtype(query.dtype).itemsize
     served = plain_is_cheaper(batch * heads, queries, keys, channels, itemsize, kept=recorded)
-    if backend == "native" or key_mask is not None or not served:
+    if backend == "native" or mask_layout is not None or not served:
         return None
     return functools.partial(_plain, normalization, quadratic)
 

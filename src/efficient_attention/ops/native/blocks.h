@@ -69,6 +69,14 @@ INLINE Matrix mask_of(const View *mask, int64_t batch, int64_t head) {
     return (Matrix){.data = data, .columns = 1, .down = mask->position, .size = 1};
 }
 
+/* How many of the positions a mask attends to: all, if there is none. */
+static inline int64_t attended(Matrix mask, int64_t positions) {
+    if (!mask.data) return positions;
+    int64_t count = 0;
+    for (int64_t n = 0; n < positions; n++) count += mask.data[n * mask.down] != 0;
+    return count;
+}
+
 /* Contiguous float32. */
 INLINE Matrix matrix(const float *data, int64_t rows, int64_t columns) {
     return (Matrix){(char *)data, rows, columns, columns, 1, 4};

@@ -2,7 +2,7 @@
  *
  * Sizes: B batch, h heads, dk, dv key and value channels of all heads, S channels of the source, C of the output.
  * Sums are float32; weights, biases and their gradients are of the module's dtype, at any strides. Views without memory
- * are what there is not, or nobody asked for. All return 0, or 1 if there is no memory.
+ * are what there is not, or nobody asked for. Both ways return 0, or 1 if there is no memory.
  */
 #ifndef FOLDING_H
 #define FOLDING_H
@@ -109,7 +109,7 @@ static int fold_backward(const Layers *l, const View *d_mean, const float *poole
                          const View *d_output_weight, const View *d_output_bias) {
     const Heads of = by_head(l, pooled, column_sums, context, value_weight, value_bias, output_weight);
     const Heads to = by_head(l, slopes, constant, d_context, d_value_weight, d_value_bias, d_output_weight);
-    const Matrices d_means = rows_by_head(*d_mean, of.keys, 4), everything = {*d_mean, 4};
+    const Matrices d_means = rows_by_head(*d_mean, of.keys, 4), d_mean_of_all = {*d_mean, 4};
     float share = 1.0f / l->heads;
     const int64_t keys = of.keys, values = of.values, inputs = l->source_channels, outputs = l->output_channels;
     const Product contexts = {
@@ -138,7 +138,7 @@ static int fold_backward(const Layers *l, const View *d_mean, const float *poole
     };
     const Product output_biases = {
         l->batch, 1, 1, l->key_channels, outputs,
-        .target = {*d_output_bias, of.size}, .left = {{(char *)&share}, 4}, .right = everything, .summed = 1,
+        .target = {*d_output_bias, of.size}, .left = {{(char *)&share}, 4}, .right = d_mean_of_all, .summed = 1,
     };
     const Product of_context[] = {means, value_weights, value_biases, output_weights};
     const Slopes slopes_of_keys = {l, pooled, total, slopes, constant};

@@ -44,8 +44,7 @@ INLINE Matrix part(Matrix x, Span rows, Span columns) {
 
 /* Piece i of a size that is cut into pieces of `length`. */
 INLINE Span piece(int64_t size, int64_t length, int64_t i) {
-    const int64_t left = size - i * length;
-    return (Span){i * length, left < length ? left : length};
+    return (Span){i * length, smaller(size - i * length, length)};
 }
 
 INLINE int64_t pieces(int64_t size, int64_t length) { return (size + length - 1) / length; }

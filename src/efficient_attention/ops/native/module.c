@@ -1,7 +1,7 @@
 /* The folded module of ops/streamed.py: forward in two passes over its positions, backward in two.
  *
- * Memory is the caller's, but for each thread's; what there is not, or nobody asked for, is NULL. All return 0, or 1 if
- * there is no memory.
+ * Memory is the caller's, but for each thread's; what there is not, or nobody asked for, is NULL. Both ways return 0,
+ * or 1 if there is no memory.
  */
 #include "folding.h"
 #include "module_passes.h"
@@ -20,7 +20,7 @@ typedef struct {
 } Module;
 
 /* Where they lie. pooled [B, dk, S], shift, total, column_sums [B, dk] are what the first pass leaves for the backward
- * pass; `scratch` has as many numbers as module_scratch tells. */
+ * pass; `scratch` has as many numbers as module_forward_scratch or module_backward_scratch tells. */
 typedef struct {
     char *source, *mask, *x, *output, *d_source, *d_x;
     char *weights[LAYERS], *biases[LAYERS], *d_weights[LAYERS], *d_biases[LAYERS];

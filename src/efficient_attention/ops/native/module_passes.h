@@ -2,7 +2,7 @@
  * come, so that queries and keys exist for a block at a time.
  *
  * "Values" are the positions of X themselves, [n, C]. Blocks are [Dk, BLOCK] where what comes of them is written
- * position by position, and keys are [BLOCK, Dk] where they are summarized. All return 0, or 1 if there is no memory.
+ * position by position, and keys are [BLOCK, Dk] where they are summarized. Passes return 0, or 1 without memory.
  */
 #ifndef MODULE_PASSES_H
 #define MODULE_PASSES_H
@@ -126,15 +126,6 @@ typedef struct {
     float *pooled, *total, *column_sums;
 } Means;
 
-/* How many keys of a sample are attended to. */
-static int64_t count(const Call *call, int64_t batch) {
-    const Matrix mask = mask_of(&call->mask, batch, 0);
-    if (!mask.data) return call->p->positions;
-    int64_t sum = 0;
-    for (int64_t n = 0; n < call->p->positions; n++) sum += mask.data[n * mask.down] != 0;
-    return sum;
-}
-
 /* Row i of [batch Dk, C]: over the total, or 1 where nothing has any weight: the heaviest key alone weighs 1. */
 static void mean_of_row(const void *what, int64_t i, float *scratch) {
     const Means *means = what;
@@ -157,7 +148,7 @@ static int summarize_module(Call *call, float *pooled, float *shift, float *tota
     const Means means = {p, pooled, total, column_sums};
     if (for_partials(call, summarize_chunk, floats, pooled, shift, column_sums)) return 1;
     for (int64_t b = 0; !p->softmax && b < p->batch; b++) {
-        const float keys = count(call, b);
+        const float keys = attended(mask_of(&call->mask, b, 0), p->positions);
         for (int64_t c = 0; c < p->key_channels; c++) total[b * p->key_channels + c] = keys;
     }
     return for_each(p->batch * p->key_channels, p->threads, mean_of_row, &means, 1);
@@ -171,7 +162,7 @@ static void attend_chunk(const Call *call, int64_t batch, int64_t head, int64_t 
     const int pairs = in_pairs(p);
     const Block xs = take(&scratch, columns, BLOCK), x_words = take(&scratch, columns, BLOCK);
     const Block queries = take(&scratch, width, BLOCK), query_words = take(&scratch, width, BLOCK);
-    const Block strip = take(&scratch, ROWS, columns > BLOCK ? columns : BLOCK);
+    const Block strip = take(&scratch, ROWS, larger(columns, BLOCK));
     const Block wide = load_whole(weight_of(call), &scratch);
     const Left weight = over_columns(wide, take(&scratch, width, columns), pairs);
     const float *bias = load_bias(call, &scratch);
@@ -208,7 +199,7 @@ static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head,
     const Block by_position = {by_channel.data, BLOCK, columns}, position_words = {channel_words.data, BLOCK, columns};
     const Block weights = take(&scratch, width, BLOCK), weight_words = take(&scratch, width, BLOCK);
     const Block slope = take(&scratch, width, BLOCK), slope_words = take(&scratch, width, BLOCK);
-    const Block strip = take(&scratch, ROWS, columns > BLOCK ? columns : BLOCK);
+    const Block strip = take(&scratch, ROWS, larger(columns, BLOCK));
     const Block wide = load_whole(weight_of(call), &scratch);
     const Left weight = over_columns(wide, take(&scratch, width, columns), pairs);
     const Block back = over_rows(wide, take(&scratch, width, columns), pairs);
@@ -260,7 +251,7 @@ static void add_row(const void *what, int64_t i, float *scratch) {
     store(row, rows_in(samples->target, (Span){i, 1}), 0);
 }
 
-/* Over samples, weight [Dk, C] = the sum of the last of the parts of sums [batch, parts, Dk, C]; bias that of totals. */
+/* Over samples, weight [Dk, C] = the sum of the last parts of sums [batch, parts, Dk, C]; bias that of totals. */
 static int add_samples(const Call *call, const float *sums, const float *totals, const View *weight, const View *bias) {
     const Problem *p = call->p;
     const int64_t rows = p->key_channels, columns = p->value_channels, last = (call->parts - 1) * rows;
@@ -313,7 +304,7 @@ static void summarize_backward_chunk(const Call *call, int64_t batch, int64_t he
     const Block by_position = {by_channel.data, BLOCK, columns}, position_words = {channel_words.data, BLOCK, columns};
     const Block both = take(&scratch, 2 * width, BLOCK), words = take(&scratch, 2 * width, BLOCK);
     const Block d_keys = {row_of(both, width), width, BLOCK};
-    const Block strip = take(&scratch, ROWS, columns > BLOCK ? columns : BLOCK);
+    const Block strip = take(&scratch, ROWS, larger(columns, BLOCK));
     const Block there = load_two(projection, slopes, &scratch);
     const Left weight = over_columns(there, take(&scratch, 2 * width, columns), pairs);
     const Block wide = load_two(slopes, projection, &scratch);

@@ -49,7 +49,7 @@ static void over_queries(const Call *call, int64_t batch, int64_t head, int64_t 
     const Matrix output = head_of(&call->output, batch, head, p->value_channels, p);
     const int pairs = in_pairs(p);
     Block queries = take(&scratch, width, BLOCK), query_words = take(&scratch, width, BLOCK);
-    const Block strip = take(&scratch, ROWS, columns > BLOCK ? columns : BLOCK);
+    const Block strip = take(&scratch, ROWS, larger(columns, BLOCK));
     const Block context = over_rows(mean, take(&scratch, width, columns), pairs);
     Span n;
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {

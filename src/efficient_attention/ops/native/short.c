@@ -17,12 +17,12 @@ typedef struct {
     int64_t pieces;
 } Step;
 
-/* Steps of all heads, one after another; `floats` is the memory in which a head leaves what later steps take. */
+/* Steps one after another; `floats` is the memory in which a head leaves what later steps take. */
 typedef struct {
     const Call *call;
     const Step *steps;
     int64_t count, floats;
-    float *memory;
+    float *memory; /* of all heads, where they are not each of one thread */
 } Steps;
 
 /* All steps of one head. */
@@ -36,7 +36,7 @@ static void whole_head(const void *what, int64_t i, float *scratch) {
             step->work(&call, i / heads, i % heads, piece, scratch + steps->floats);
 }
 
-/* A piece of the first of the steps, of one of the heads. */
+/* A piece of the only step, of one of the heads. */
 static void piece_of_head(const void *what, int64_t i, float *scratch) {
     const Steps *steps = what;
     const int64_t pieces = steps->steps->pieces, head = i / pieces, heads = steps->call->p->heads;
@@ -45,18 +45,24 @@ static void piece_of_head(const void *what, int64_t i, float *scratch) {
     steps->steps->work(&call, head / heads, head % heads, i % pieces, scratch);
 }
 
-static int for_steps(const Call *call, const Step *each, int64_t count, int64_t floats, int64_t scratch_floats) {
-    Steps steps = {call, each, count, floats, NULL};
+/* At most so many numbers are in memory for the sums of heads that threads share. */
+enum { MOST_SHARED = 4 << 20 };
+
+static int for_steps(const Call *call, const Step *steps, int64_t count, int64_t floats, int64_t scratch_floats) {
     const int64_t heads = all_heads(call->p).count, chunks = larger(call->chunks, call->then->chunks);
     const int threads = call->p->threads;
     const int busy = heads % threads == 0 || heads >= 4 * threads;
-    if (busy || chunks == 1)
-        return for_each(heads, threads, whole_head, &steps, floats + scratch_floats);
-    steps.memory = memory_for(heads * floats);
-    int failed = !steps.memory;
-    for (; steps.steps < each + count && !failed; steps.steps++)
-        failed = for_each(heads * steps.steps->pieces, threads, piece_of_head, &steps, scratch_floats);
-    free(steps.memory);
+    if (busy || chunks == 1 || heads * floats > MOST_SHARED) {
+        const Steps all = {call, steps, count, floats, NULL};
+        return for_each(heads, threads, whole_head, &all, floats + scratch_floats);
+    }
+    float *memory = memory_for(heads * floats);
+    int failed = !memory;
+    for (int64_t i = 0; i < count && !failed; i++) {
+        const Steps one = {call, steps + i, 1, floats, memory};
+        failed = for_each(heads * steps[i].pieces, threads, piece_of_head, &one, scratch_floats);
+    }
+    free(memory);
     return failed;
 }
 
@@ -83,23 +89,18 @@ INLINE Partial add_up(const Call *call, Partial (*sums_of)(const Call *call, int
     return part_of(sums_of(call, 0), first, LANES);
 }
 
-/* What keys are divided by: their sums, or how many there are; where nothing has any weight, 1. */
-static void divisors(const Call *call, int64_t batch, int64_t head, float *total, int64_t width) {
-    const Matrix mask = mask_of(&call->mask, batch, head);
-    int64_t count = mask.data ? 0 : call->p->positions;
-    for (int64_t n = 0; !call->p->softmax && mask.data && n < call->p->positions; n++)
-        count += mask.data[n * mask.down] != 0;
-    for (int64_t c = 0; c < width; c += LANES) {
-        const vec x = call->p->softmax ? LOAD(total + c) : SPLAT((float)count);
-        STORE(total + c, MAX(x, SPLAT(1.0f)));
-    }
+/* What LANES rows are divided by: the sums of their weights, or how many keys there are; where none has any, 1. */
+INLINE vec divisors(const Call *call, int64_t batch, int64_t head, vec total) {
+    const Problem *p = call->p;
+    if (!p->softmax) total = SPLAT((float)attended(mask_of(&call->mask, batch, head), p->positions));
+    return MAX(total, SPLAT(1.0f));
 }
 
 /* Rows of the context: means of the values. */
 static void mean_piece(const Call *call, int64_t batch, int64_t head, int64_t slice, float *scratch) {
     const Partial context = add_up(call, sums_of_keys, call->chunks, slice);
     (void)scratch;
-    divisors(call, batch, head, context.total, LANES);
+    STORE(context.total, divisors(call, batch, head, LOAD(context.total)));
     for (int64_t c = 0; c < LANES; c++) {
         const vec by = SPLAT(1.0f / context.total[c]);
         for (int64_t e = 0; e < context.sums.columns; e += LANES)
@@ -114,8 +115,8 @@ static void attend_piece(const Call *call, int64_t batch, int64_t head, int64_t 
 static int linear(const Call *call) {
     const int64_t chunks = call->chunks, slices = padded(call->p->key_channels) / LANES;
     const Step steps[] = {{summarize_piece, chunks}, {mean_piece, slices}, {attend_piece, call->then->chunks}};
-    const int64_t scratch = larger(over_keys_floats(call->p), over_queries_floats(call->then->p));
-    return for_steps(call, steps, 3, chunks * partial_floats(call), scratch);
+    const int64_t run = partial_floats(call), of_keys = over_keys_floats(call->p) + run;
+    return for_steps(call, steps, 3, chunks * run, larger(of_keys, over_queries_floats(call->then->p)));
 }
 
 /* The quadratic order for a chunk of the queries; the keys are one block. */
@@ -142,16 +143,15 @@ static void quadratic_piece(const Call *call, int64_t batch, int64_t head, int64
         raise_shift(weights, keys);
         weigh(keys, shift.data, total.data, 0);
     }
-    divisors(call, batch, head, total.data, width);
     for (int64_t c = 0; c < width; c += LANES) {
-        const vec by = SPLAT(1.0f) / LOAD(total.data + c);
+        const vec by = SPLAT(1.0f) / divisors(call, batch, head, LOAD(total.data + c));
         for (int64_t r = 0; r < rows; r++) STORE(row_of(keys, r) + c, LOAD(row_of(keys, r) + c) * by);
     }
     const Left left = over_columns(keys, take(&scratch, rows, width), pairs);
     const Block right = load_silenced(values, take(&scratch, rows, columns), value, mask, all, pairs);
     Block queries = take(&scratch, width, BLOCK), query_words = take(&scratch, width, BLOCK);
     Block products = take(&scratch, rows, BLOCK), product_words = take(&scratch, rows, BLOCK);
-    const Block strip = take(&scratch, ROWS, columns > BLOCK ? columns : BLOCK);
+    const Block strip = take(&scratch, ROWS, larger(columns, BLOCK));
     Span n;
     for (int64_t i = 0; (n = block_in(then->p, chunk, i)).count; i++) {
         queries.columns = query_words.columns = products.columns = product_words.columns = filled(n);
@@ -208,30 +208,24 @@ static int backward(const Call *call) {
         {slope_piece, slices}, {summarize_piece_backward, keys},
     };
     const int wanted = call->d_key.data || call->d_value.data;
-    const int64_t of_keys = larger(over_keys_floats(call->p), back_over_keys_floats(call->p));
-    const int64_t scratch = larger(of_keys, back_over_queries_floats(call->then->p));
-    return for_steps(call, steps, wanted ? 5 : 3, (keys + queries) * partial_floats(call), scratch);
+    const int64_t run = partial_floats(call), of_keys = over_keys_floats(call->p) + run;
+    const int64_t of_queries = back_over_queries_floats(call->then->p) + run;
+    const int64_t scratch = larger(larger(of_keys, of_queries), back_over_keys_floats(call->p));
+    return for_steps(call, steps, wanted ? 5 : 3, (keys + queries) * run, scratch);
 }
 
-/* In chunks of one run. */
-INLINE Problem in_runs(Problem p) {
-    p.chunk = RUN * BLOCK;
-    return p;
-}
-
-/* The keys and values, and what is then done with the queries, at least one run of both. */
-INLINE Call calls(const Short *s, const Problem *of_keys, const Problem *of_queries, Call *queries) {
-    *queries = (Call){.p = of_queries, .parts = 1, .query = s->query};
-    queries->chunks = larger(1, chunks_of(of_queries));
-    Call keys = {.p = of_keys, .parts = 1, .key = s->key, .value = s->value, .mask = s->mask, .then = queries};
-    keys.chunks = larger(1, chunks_of(of_keys));
+/* The keys and values, and what is then done with the queries, at least one chunk of both. */
+INLINE Call calls(const Short *s, Call *queries) {
+    *queries = (Call){.p = &s->queries, .parts = 1, .query = s->query};
+    queries->chunks = larger(1, chunks_of(&s->queries));
+    Call keys = {.p = &s->keys, .parts = 1, .key = s->key, .value = s->value, .mask = s->mask, .then = queries};
+    keys.chunks = larger(1, chunks_of(&s->keys));
     return keys;
 }
 
 /* rho_q(Q) rho_k(K)^T V [batch, heads, N, Dv]. */
 int efficient_attention(const Short *s, char *query, char *key, char *value, char *mask, char *output) {
-    const Problem of_keys = in_runs(s->keys), of_queries = in_runs(s->queries);
-    Call queries, keys = calls(s, &of_keys, &of_queries, &queries);
+    Call queries, keys = calls(s, &queries);
     keys.key.data = key, keys.value.data = value, keys.mask.data = mask;
     queries.output = s->output;
     queries.query.data = query, queries.output.data = output;
@@ -241,8 +235,7 @@ int efficient_attention(const Short *s, char *query, char *key, char *value, cha
 /* Its gradients, laid out as the inputs are, and with respect to those for which there is memory. */
 int efficient_attention_backward(const Short *s, char *query, char *key, char *value, char *mask, char *d_output,
                                  char *d_query, char *d_key, char *d_value) {
-    const Problem of_keys = in_runs(s->keys), of_queries = in_runs(s->queries);
-    Call queries, keys = calls(s, &of_keys, &of_queries, &queries);
+    Call queries, keys = calls(s, &queries);
     keys.d_key = s->d_key, keys.d_value = s->d_value;
     keys.key.data = key, keys.value.data = value, keys.mask.data = mask;
     keys.d_key.data = d_key, keys.d_value.data = d_value;

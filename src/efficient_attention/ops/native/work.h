@@ -115,8 +115,7 @@ static void merge(Partial a, Partial b) {
 /* Sums of a run of a chunk: those of the chunk itself, where it has one run. */
 INLINE Partial run_of(Partial whole, float **scratch, const Call *call) {
     const Problem *p = call->p;
-    const int64_t longest = p->positions < p->chunk ? p->positions : p->chunk;
-    return longest <= RUN * BLOCK ? whole : take_partial(scratch, call);
+    return smaller(p->positions, p->chunk) <= RUN * BLOCK ? whole : take_partial(scratch, call);
 }
 
 /* whole += run after block i of a chunk, if the run or the chunk ends there; the next is relative to the same keys. */
@@ -155,8 +154,7 @@ static inline int for_partials(Call *call, Work work, int64_t scratch_floats, fl
     const Span all = all_heads(call->p);
     call->chunks = call->p->positions ? chunks_of(call->p) : 1;
     for (int64_t start = 0; start < all.count; start += call->p->together) {
-        const int64_t left = all.count - start;
-        call->heads = (Span){start, left < call->p->together ? left : call->p->together};
+        call->heads = (Span){start, smaller(all.count - start, call->p->together)};
         if (for_chunks(call, work, scratch_floats + partial_floats(call))) return 1;
         gather(call, sums, shift, total);
     }
