@@ -170,7 +170,7 @@ def _call(
     )
     scratch = summary[0].new_empty(numbers)
     addresses = [None if place is None else place.data_ptr() for place in places]
-    run(name, sizes, _Memory(*addresses, *(x.data_ptr() for x in (*summary, scratch))))
+    run(name, sizes, _Memory(*addresses, *(s.data_ptr() for s in (*summary, scratch))))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -200,8 +200,8 @@ def _plan(
             threads=threads,
         )
 
-    maps = [_map_view(x) for x in layouts[: len(_MAPS)]]
-    parameters = [_parameter_view(x) for x in layouts[len(_MAPS) :]]
+    maps = [_map_view(strides) for strides in layouts[: len(_MAPS)]]
+    parameters = [_parameter_view(strides) for strides in layouts[len(_MAPS) :]]
     layers = [(View * 4)(*parameters[i : i + 4]) for i in range(0, len(parameters), 4)]
     problems = problem(source, 1), problem(x, 2 if module.trains else 1)
     layer_sizes = module.num_heads, value_channels, module.residual, module.trains

@@ -55,12 +55,12 @@ def efficient_attention(
 
 def _library(backend: str, *inputs: Tensor) -> ctypes.CDLL | None:
     """The kernels, if the call may be theirs: they are preferred, or somebody named them and the machine has them."""
-    if backend == "auto":
-        return native_build.load() if native_build.is_preferred() else None
-    if inputs[0].dtype not in native_short.DTYPES or not _are_right(*inputs):
-        return None  # without a word from the compiler
-    serve = native_build.is_built() or native_build.why_not() is None
-    return native_build.load() if serve else None
+    named = backend == "native"
+    if native_build.is_built() if named else native_build.is_preferred():
+        return native_build.load()
+    # Nothing is compiled for what they do not serve.
+    served = named and inputs[0].dtype in native_short.DTYPES and _are_right(*inputs)
+    return native_build.load() if served and native_build.why_not() is None else None
 
 
 @functools.lru_cache(maxsize=4096)
