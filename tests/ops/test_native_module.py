@@ -211,7 +211,7 @@ def test_threads_and_batch_mates_change_no_bit(dtype, kernels):
 def test_sums_of_chunks_are_there_for_some_samples_at_a_time(kernels, monkeypatch):
     inputs = make_module_inputs(5, 32, None, 16, 16, 2, 1000, 1000, dtype=torch.float32)
     expected = module_results(by_kernels, inputs, None, "softmax")
-    length = chunks.module_chunk_length(1000, 16)
+    length = chunks.module_chunk_length(1000, 16, 4)
     one = chunks.sums_of_chunks(1, 1000, length, 16, 32, 1, threads=1).numbers
     monkeypatch.setattr(chunks, "_CHUNKS_OF_A_THREAD", 0)
     for maps in (1, 2, 4):

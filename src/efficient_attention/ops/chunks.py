@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Chunks of one head or sample, at most.
+# Chunks of one head, at most; and of one sample of a module, whose sums are larger.
 MOST = 64
+MOST_OF_MODULE = 32
 # Positions of a chunk of the operator, at least; and of short inputs and of a module, where a position is more work.
 SHORTEST = 2048
 SHORTEST_OF_MODULE = 256
@@ -29,9 +30,9 @@ def chunk_length(positions: int) -> int:
     return SHORTEST * max(1, _ceil(positions, MOST * SHORTEST))
 
 
-def module_chunk_length(positions: int, key_channels: int) -> int:
-    """The same for a module: beyond eight, their sums ``[dk, C]`` are as many numbers as a sixteenth of X."""
-    most = min(max(8, positions // (16 * key_channels)), MOST)
+def module_chunk_length(positions: int, key_channels: int, itemsize: int) -> int:
+    """The same for a module: beyond eight, their sums ``[dk, C]`` in float32 take at most a sixteenth of X."""
+    most = min(max(8, positions * itemsize // (64 * key_channels)), MOST_OF_MODULE)
     return SHORTEST_OF_MODULE * max(1, _ceil(positions, most * SHORTEST_OF_MODULE))
 
 

@@ -190,7 +190,8 @@ def _plan(
 
     def problem(shape: torch.Size, parts: int) -> Problem:
         batch, channels, positions = shape
-        sizes = positions, module_chunk_length(positions, key_channels), key_channels, channels
+        length = module_chunk_length(positions, key_channels, dtype.itemsize)
+        sizes = positions, length, key_channels, channels
         together = sums_of_chunks(batch, *sizes, parts, threads=threads).together
         return Problem(
             *(batch, 1, *sizes[:2], together, key_channels, channels, module.num_heads),
