@@ -114,6 +114,11 @@ def bad(function, *args, **kwargs):
             "query must be a tensor [B, H, positions, channels]; got list",
         ),
         (
+            bad(efficient_attention, Q.to_sparse(), K, V),
+            TypeError,
+            "query must be a dense tensor; got layout torch.sparse_coo",
+        ),
+        (
             bad(efficient_attention, Q, None, V),
             TypeError,
             "key must be a tensor [B, H, positions, channels]; got NoneType",

@@ -55,6 +55,8 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(
             f"{name} must be a tensor [B, H, positions, channels]; got {type(x).__name__}"
         )
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {x.layout}")
     if x.dtype not in DTYPES:
         valid = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} must have dtype {valid}; got {x.dtype}")
