@@ -197,13 +197,13 @@ INLINE void silence_columns(Block block, Matrix mask, Span n, float fill) {
             for (int64_t r = 0; r < block.rows; r++) row_of(block, r)[i] = fill;
 }
 
-/* Ask for what step i of `steps` should of the block of positions behind n, to be there when its turn comes. */
-INLINE void fetch(Matrix x, Span n, int64_t i, int64_t steps) {
+/* Ask for a part of the block of positions behind n, as large as `some` is of `all`, to be there when its turn comes. */
+INLINE void fetch(Matrix x, Span n, Span some, int64_t all) {
     const int64_t left = x.rows - n.start - BLOCK;
     if (!x.data || left <= 0) return;
     Matrix next = rows_in(x, (Span){n.start + BLOCK, left < BLOCK ? left : BLOCK});
     if (next.across != 1 && next.down == 1) next = flipped(next);
-    for (int64_t r = next.rows * i / steps; r < next.rows * (i + 1) / steps; r++)
+    for (int64_t r = next.rows * some.start / all; r < next.rows * (some.start + some.count) / all; r++)
         for (int64_t byte = 0; byte < next.columns * next.size; byte += 64)
             _mm_prefetch(at(next, r, 0) + byte, _MM_HINT_T1);
 }

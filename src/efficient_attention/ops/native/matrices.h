@@ -6,7 +6,7 @@
 #include "products.h"
 
 /* Rows and columns of a tile. */
-enum { TILE = 64 };
+enum { PART = 64 };
 
 /* Matrices in a tensor [batch, heads, rows, columns], of numbers of `size` bytes. */
 typedef struct {
@@ -58,8 +58,7 @@ INLINE Block copy(Matrix x, float *memory) {
 
 /* sums += left right. */
 INLINE void add_matrices(Block sums, Block left, Block right) {
-    for (int64_t r = 0; r < sums.rows; r += ROWS)
-        add_product(0, (Left){left.data, left.columns, 1}, r, right, right.rows, row_of(sums, r));
+    by_vectors(0, (Left){left.data, left.columns, 1}, sums.rows, right, right.rows, sums.data, 1);
 }
 
 /* sums = down across, or 0. */
@@ -75,7 +74,7 @@ INLINE void start(Block sums, Matrix down, Matrix across, float *memory) {
 }
 
 INLINE int64_t tiles_of(const Product *p) {
-    const int64_t tiles = pieces(p->rows, TILE) * pieces(p->columns, TILE);
+    const int64_t tiles = pieces(p->rows, PART) * pieces(p->columns, PART);
     return p->target.view.data ? (p->summed ? 1 : p->batch) * p->heads * tiles : 0;
 }
 
@@ -83,12 +82,12 @@ static void multiply_tile(const void *what, int64_t i, float *scratch) {
     const Products *products = what;
     const Product *p = products->each;
     for (; i >= tiles_of(p); p++) i -= tiles_of(p);
-    const int64_t width = pieces(p->columns, TILE), height = pieces(p->rows, TILE);
+    const int64_t width = pieces(p->columns, PART), height = pieces(p->rows, PART);
     const int64_t head = i / width / height % p->heads, sample = i / width / height / p->heads;
-    const Span rows = piece(p->rows, TILE, i / width % height), columns = piece(p->columns, TILE, i % width);
+    const Span rows = piece(p->rows, PART, i / width % height), columns = piece(p->columns, PART, i % width);
     const Span one = {0, 1};
     const Block sums = {scratch, padded(rows.count), padded(columns.count)};
-    float *left_memory = scratch + TILE * TILE, *right_memory = left_memory + TILE * SUM;
+    float *left_memory = scratch + PART * PART, *right_memory = left_memory + PART * SUM;
     start(sums, part(matrix_of(p->down, sample, head, p->rows, 1), rows, one),
           part(matrix_of(p->across, sample, head, 1, p->columns), one, columns), right_memory);
     for (int64_t b = sample; b < (p->summed ? p->batch : sample + 1); b++) {
@@ -108,7 +107,7 @@ static int multiply_matrices(const Product *each, int64_t count, int threads) {
     const Products products = {each, count};
     int64_t tiles = 0;
     for (int64_t i = 0; i < count; i++) tiles += tiles_of(each + i);
-    return for_each(tiles, threads, multiply_tile, &products, TILE * (TILE + 2 * SUM));
+    return for_each(tiles, threads, multiply_tile, &products, PART * (PART + 2 * SUM));
 }
 
 #endif

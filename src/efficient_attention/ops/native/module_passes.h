@@ -82,7 +82,8 @@ INLINE void add_to_total(float *total, Block keys, int pairs) {
 
 /* sums [left rows, right columns] += left right, summed over a block. */
 INLINE void add_block(int pairs, Left left, Block right, Block sums) {
-    for (int64_t r = 0; r < sums.rows; r += ROWS) add_product(pairs, left, r, right, BLOCK, row_of(sums, r));
+    FOR_STRIPS(r, sums.rows, pairs)
+        add_product(pairs, left, r, right, BLOCK, row_of(sums, r.start));
 }
 
 static void summarize_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
@@ -104,9 +105,9 @@ static void summarize_chunk(const Call *call, int64_t batch, int64_t head, int64
         const Left left = pairs ? (Left){load_channels(by_channel, channel_words, x, mask, n, pairs).data, 1, BLOCK}
                                 : (Left){by_position.data, columns, 1};
         const Block right = load_silenced(by_position, position_words, x, mask, n, pairs);
-        for (int64_t r = 0; r < BLOCK; r += ROWS) {
-            fetch(x, n, r / ROWS, BLOCK / ROWS);
-            product(pairs, left, r, weight, columns, row_of(keys, r));
+        FOR_STRIPS(r, BLOCK, pairs) {
+            fetch(x, n, r, BLOCK);
+            product(pairs, left, r, weight, columns, row_of(keys, r.start));
         }
         add_to_columns(keys, bias, p->key_channels);
         silence(keys, mask, n, nothing);
@@ -162,7 +163,7 @@ static void attend_chunk(const Call *call, int64_t batch, int64_t head, int64_t 
     const int pairs = in_pairs(p);
     const Block xs = take(&scratch, columns, BLOCK), x_words = take(&scratch, columns, BLOCK);
     const Block queries = take(&scratch, width, BLOCK), query_words = take(&scratch, width, BLOCK);
-    const Block strip = take(&scratch, ROWS, larger(columns, BLOCK));
+    const Block strip = take(&scratch, STRIP, larger(columns, BLOCK));
     const Block wide = load_whole(weight_of(call), &scratch);
     const Left weight = over_columns(wide, take(&scratch, width, columns), pairs);
     const float *bias = load_bias(call, &scratch);
@@ -183,7 +184,7 @@ static void attend_chunk(const Call *call, int64_t batch, int64_t head, int64_t 
 static int attend_module(Call *call) {
     const Problem *p = call->p;
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const int64_t floats = (2 * BLOCK + ROWS + 4 * width) * columns + width + (2 * width + ROWS) * BLOCK;
+    const int64_t floats = (2 * BLOCK + STRIP + 4 * width) * columns + width + (2 * width + STRIP) * BLOCK;
     call->chunks = chunks_of(p), call->heads = all_heads(p);
     return for_chunks(call, attend_chunk, floats);
 }
@@ -199,7 +200,7 @@ static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head,
     const Block by_position = {by_channel.data, BLOCK, columns}, position_words = {channel_words.data, BLOCK, columns};
     const Block weights = take(&scratch, width, BLOCK), weight_words = take(&scratch, width, BLOCK);
     const Block slope = take(&scratch, width, BLOCK), slope_words = take(&scratch, width, BLOCK);
-    const Block strip = take(&scratch, ROWS, larger(columns, BLOCK));
+    const Block strip = take(&scratch, STRIP, larger(columns, BLOCK));
     const Block wide = load_whole(weight_of(call), &scratch);
     const Left weight = over_columns(wide, take(&scratch, width, columns), pairs);
     const Block back = over_rows(wide, take(&scratch, width, columns), pairs);
@@ -268,7 +269,7 @@ static int add_samples(const Call *call, const float *sums, const float *totals,
 static int attend_module_backward(Call *call, float *sums, float *totals, const View *d_weight, const View *d_bias) {
     const Problem *p = call->p;
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const int64_t floats = (2 * BLOCK + ROWS + 5 * width) * columns + width + (4 * width + ROWS) * BLOCK;
+    const int64_t floats = (2 * BLOCK + STRIP + 5 * width) * columns + width + (4 * width + STRIP) * BLOCK;
     return for_partials(call, attend_backward_chunk, floats, sums, NULL, totals)
         || add_samples(call, sums, totals, d_weight, d_bias);
 }
@@ -304,7 +305,7 @@ static void summarize_backward_chunk(const Call *call, int64_t batch, int64_t he
     const Block by_position = {by_channel.data, BLOCK, columns}, position_words = {channel_words.data, BLOCK, columns};
     const Block both = take(&scratch, 2 * width, BLOCK), words = take(&scratch, 2 * width, BLOCK);
     const Block d_keys = {row_of(both, width), width, BLOCK};
-    const Block strip = take(&scratch, ROWS, larger(columns, BLOCK));
+    const Block strip = take(&scratch, STRIP, larger(columns, BLOCK));
     const Block there = load_two(projection, slopes, &scratch);
     const Left weight = over_columns(there, take(&scratch, 2 * width, columns), pairs);
     const Block wide = load_two(slopes, projection, &scratch);
@@ -332,7 +333,7 @@ static int summarize_module_backward(Call *call, float *sums, float *totals, con
                                      const View *d_bias) {
     const Problem *p = call->p;
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const int64_t floats = (2 * BLOCK + ROWS + 8 * width) * columns + width + (4 * width + ROWS) * BLOCK;
+    const int64_t floats = (2 * BLOCK + STRIP + 8 * width) * columns + width + (4 * width + STRIP) * BLOCK;
     return for_partials(call, summarize_backward_chunk, floats, sums, NULL, totals)
         || add_samples(call, sums, totals, d_weight, d_bias);
 }

@@ -4,7 +4,7 @@
 
 #include <stdlib.h>
 
-#include "vectors.h"
+#include "tiles.h"
 
 INLINE float *memory_for(int64_t floats) { return aligned_alloc(64, (size_t)(floats * 4 + 64) / 64 * 64); }
 
@@ -15,6 +15,7 @@ static int for_each(int64_t count, int threads, void (*work)(const void *what, i
 #pragma omp parallel num_threads(threads)
     {
         float *scratch = memory_for(scratch_floats);
+        const Tiles others = take_tiles();
         if (!scratch) {
 #pragma omp atomic write
             failed = 1;
@@ -23,6 +24,7 @@ static int for_each(int64_t count, int threads, void (*work)(const void *what, i
         for (int64_t i = 0; i < count; i++)
             if (scratch) work(what, i, scratch);
         _mm_sfence(); /* what went past the caches is there for whoever reads it next */
+        give_back_tiles(others);
         free(scratch);
     }
     return failed;

@@ -28,10 +28,10 @@ static void over_keys(const Call *call, int64_t batch, int64_t head, int64_t chu
         }
         const Left weights = {over_rows(keys, key_words, pairs).data, 1, width};
         const Block right = load_silenced(values, value_words, value, mask, n, pairs);
-        for (int64_t c = 0; c < width; c += ROWS) {
-            fetch(key, n, c / ROWS, width / ROWS);
-            fetch(value, n, c / ROWS, width / ROWS);
-            add_product(pairs, weights, c, right, keys.rows, row_of(run.sums, c));
+        FOR_STRIPS(c, width, pairs) {
+            fetch(key, n, c, width);
+            fetch(value, n, c, width);
+            add_product(pairs, weights, c, right, keys.rows, row_of(run.sums, c.start));
         }
         end_run(context, run, p, chunk, i);
     }
@@ -49,7 +49,7 @@ static void over_queries(const Call *call, int64_t batch, int64_t head, int64_t 
     const Matrix output = head_of(&call->output, batch, head, p->value_channels, p);
     const int pairs = in_pairs(p);
     Block queries = take(&scratch, width, BLOCK), query_words = take(&scratch, width, BLOCK);
-    const Block strip = take(&scratch, ROWS, larger(columns, BLOCK));
+    const Block strip = take(&scratch, STRIP, larger(columns, BLOCK));
     const Block context = over_rows(mean, take(&scratch, width, columns), pairs);
     Span n;
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
@@ -63,10 +63,10 @@ static void over_queries(const Call *call, int64_t batch, int64_t head, int64_t 
 
 INLINE int64_t over_queries_floats(const Problem *p) {
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    return 2 * BLOCK * width + ROWS * (BLOCK + columns) + width * columns;
+    return 2 * BLOCK * width + STRIP * (BLOCK + columns) + width * columns;
 }
 
-/* Slopes [ROWS, padded(Dk)] of the weights become those of the keys. */
+/* Slopes [., padded(Dk)] of the weights become those of the keys. */
 static void pull_back_keys(Block slope, const float *weights, const float *correction) {
     for (int64_t r = 0; r < slope.rows; r++)
         for (int64_t c = 0; c < slope.columns; c += LANES) {
@@ -89,7 +89,7 @@ static void back_over_keys(const Call *call, int64_t batch, int64_t head, int64_
     const int pairs = in_pairs(p);
     Block keys = take(&scratch, BLOCK, width), key_words = take(&scratch, BLOCK, width);
     Block values = take(&scratch, BLOCK, columns), value_words = take(&scratch, BLOCK, columns);
-    const Block slope = take(&scratch, ROWS, width), d_values = take(&scratch, ROWS, columns);
+    const Block slope = take(&scratch, STRIP, width), d_values = take(&scratch, STRIP, columns);
     const Block there = over_rows(d_mean, take(&scratch, width, columns), pairs);
     const Block turned = take(&scratch, columns, width);
     load(turned, flipped(matrix(d_mean.data, width, columns)), 0.0f);
@@ -101,27 +101,27 @@ static void back_over_keys(const Call *call, int64_t batch, int64_t head, int64_
         silence(keys, mask, n, nothing);
         if (p->softmax) weigh(keys, shift, NULL, 0);
         const Left weights = over_columns(keys, key_words, pairs);
-        for (int64_t r = 0; d_value.data && r < n.count; r += ROWS) {
-            fetch(key, n, r / ROWS, keys.rows / ROWS);
+        FOR_STRIPS(r, d_value.data ? n.count : 0, pairs) {
+            fetch(key, n, r, n.count);
             product(pairs, weights, r, there, width, d_values.data);
-            store(d_values, rows_in(d_value, rows_of(n, r)), p->stream);
+            store(d_values, rows_in(rows_in(d_value, n), r), p->stream);
         }
         if (!d_key.data) continue;
         load(values, rows_in(value, n), 0.0f);
         silence(values, mask, n, 0.0f);
         const Left left = over_columns(values, value_words, pairs);
-        for (int64_t r = 0; r < n.count; r += ROWS) {
-            fetch(value, n, r / ROWS, keys.rows / ROWS);
+        FOR_STRIPS(r, n.count, pairs) {
+            fetch(value, n, r, n.count);
             product(pairs, left, r, back, columns, slope.data);
-            if (p->softmax) pull_back_keys(slope, row_of(keys, r), correction);
-            store(slope, rows_in(d_key, rows_of(n, r)), p->stream);
+            if (p->softmax) pull_back_keys((Block){slope.data, r.count, width}, row_of(keys, r.start), correction);
+            store(slope, rows_in(rows_in(d_key, n), r), p->stream);
         }
     }
 }
 
 INLINE int64_t back_over_keys_floats(const Problem *p) {
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    return (2 * BLOCK + ROWS) * (width + columns) + 3 * width * columns;
+    return (2 * BLOCK + STRIP) * (width + columns) + 3 * width * columns;
 }
 
 /* Gradients of a chunk of the queries of a head, and of its context where there is a sum for them. */
@@ -150,17 +150,17 @@ static void back_over_queries(const Call *call, int64_t batch, int64_t head, int
         if (summed) {
             const Left left = over_columns(weights, weight_words, pairs);
             const Block right = load_over_rows(d_out, d_out_words, rows_in(d_output, n), pairs);
-            for (int64_t c = 0; c < width; c += ROWS) {
-                fetch(d_output, n, c / ROWS, width / ROWS);
-                add_product(pairs, left, c, right, d_out.rows, row_of(run.sums, c));
+            FOR_STRIPS(c, width, pairs) {
+                fetch(d_output, n, c, width);
+                add_product(pairs, left, c, right, d_out.rows, row_of(run.sums, c.start));
             }
             end_run(d_mean, run, p, chunk, i);
         }
         if (!d_query.data) continue;
         const Block right = load_over_rows(by_channels, by_channels_words, flipped(rows_in(d_output, n)), pairs);
-        for (int64_t c = 0; c < width; c += ROWS) {
-            fetch(query, n, c / ROWS, width / ROWS);
-            product(pairs, context, c, right, columns, row_of(slope, c));
+        FOR_STRIPS(c, width, pairs) {
+            fetch(query, n, c, width);
+            product(pairs, context, c, right, columns, row_of(slope, c.start));
         }
         if (p->softmax) pull_back_queries(slope, weights, p->key_channels, p->groups);
         store(slope, flipped(rows_in(d_query, n)), p->stream);

@@ -106,55 +106,118 @@ INLINE void tile(const int vectors, const int pairs, Left left, const float *b, 
         }
 }
 
-INLINE void strip(const int pairs, Left left, Block b, int64_t steps, float *c, const int add) {
-    int64_t j = 0;
-    for (; j + VECTORS * LANES <= b.columns; j += VECTORS * LANES)
-        tile(VECTORS, pairs, left, b.data + j, steps, b.columns, c + j, add);
-    if (j < b.columns) tile(1, pairs, left, b.data + j, steps, b.columns, c + j, add);
+/* c [rows, b.columns] = left b, or += it. */
+INLINE void by_vectors(const int pairs, Left left, int64_t rows, Block b, int64_t steps, float *c, const int add) {
+    for (int64_t r = 0; r < rows; r += ROWS, left.words += ROWS * left.row, c += ROWS * b.columns) {
+        int64_t j = 0;
+        for (; j + VECTORS * LANES <= b.columns; j += VECTORS * LANES)
+            tile(VECTORS, pairs, left, b.data + j, steps, b.columns, c + j, add);
+        if (j < b.columns) tile(1, pairs, left, b.data + j, steps, b.columns, c + j, add);
+    }
 }
 
-/* ROWS rows of a product, from `first` on, are added to [ROWS, b.columns]; `steps` numbers are summed, half as many
- * pairs. */
-static void add_product(int pairs, Left left, int64_t first, Block b, int64_t steps, float *rows) {
-    left.words += first * left.row;
-    if (pairs) strip(1, left, b, steps / 2, rows, 1);
-    else strip(0, left, b, steps, rows, 1);
+/* So many rows of a product are made at a time, at most. */
+#ifdef HAS_TILES
+enum { STRIP = 2 * TILE };
+INLINE int in_tiles(int pairs) { return pairs && may_use_tiles; }
+#else
+enum { STRIP = ROWS };
+INLINE int in_tiles(int pairs) { return (void)pairs, 0; }
+#endif
+
+/* The strip of `rows` that begins at `start`. */
+INLINE Span strip_from(int64_t start, int64_t rows, int pairs) {
+    return (Span){start, smaller(rows - start, in_tiles(pairs) ? STRIP : ROWS)};
 }
 
-/* The rows themselves, of which no more than SUM numbers are added in a row. */
-static void product(int pairs, Left left, int64_t first, Block b, int64_t steps, float *rows) {
-    left.words += first * left.row;
-    if (pairs) {
-        strip(1, left, b, steps / 2, rows, 0);
+/* Span r is one strip of `rows` after the other. */
+#define FOR_STRIPS(r, rows, pairs) \
+    for (Span r = strip_from(0, rows, pairs); r.count > 0; r = strip_from(r.start + r.count, rows, pairs))
+
+#ifdef HAS_TILES
+/* So many words of a row are turned at a time. */
+enum { DEEP = 128 };
+
+/* A left factor whose rows lie in a row, as tiles want them: put into `memory` if need be. */
+INLINE Left in_rows(Left left, int64_t rows, int64_t steps, float *memory) {
+    if (left.step == 1) return left;
+    for (int64_t r = 0; r < rows; r += TILE)
+        for (int64_t k = 0; k < steps; k += TILE) {
+            vec x[TILE];
+            UNROLL for (int i = 0; i < TILE; i++) x[i] = LOAD(left.words + r + (k + i) * left.step);
+            transpose(x);
+            UNROLL for (int i = 0; i < TILE; i++) STORE(memory + (r + i) * steps + k, x[i]);
+        }
+    return (Left){memory, steps, 1};
+}
+
+/* The same by tiles, and steps that do not fill one by vectors. */
+static void by_tiles(Left left, int64_t rows, Block b, int64_t steps, float *c, int add) {
+    float memory[STRIP * DEEP] __attribute__((aligned(64)));
+    while (steps >= TILE) {
+        const int64_t deep = smaller(steps / TILE * TILE, DEEP);
+        const Left a = in_rows(left, rows, deep, memory);
+        for (int64_t j = 0; j < b.columns; j += 2 * TILE)
+            multiply_tiles(rows > TILE, b.columns - j > TILE, a.words, a.row, b.data + j, b.columns, deep, c + j, add);
+        left.words += deep * left.step, b.data += deep * b.columns, steps -= deep, add = 1;
+    }
+    if (!steps) return;
+    if (add) by_vectors(1, left, rows, b, steps, c, 1);
+    else by_vectors(1, left, rows, b, steps, c, 0);
+}
+#else
+INLINE void by_tiles(Left left, int64_t rows, Block b, int64_t steps, float *c, int add) {
+    (void)left, (void)rows, (void)b, (void)steps, (void)c, (void)add;
+}
+#endif
+
+/* A strip of a product is added to c [strip, b.columns]; `steps` numbers are summed, half as many pairs. There is room
+ * for whole tiles. */
+static void add_product(int pairs, Left left, Span strip, Block b, int64_t steps, float *c) {
+    left.words += strip.start * left.row;
+    if (in_tiles(pairs)) by_tiles(left, strip.count, b, steps / 2, c, 1);
+    else if (pairs) by_vectors(1, left, strip.count, b, steps / 2, c, 1);
+    else by_vectors(0, left, strip.count, b, steps, c, 1);
+}
+
+/* The strip itself, for which no more than SUM numbers are added in a row. */
+static void product(int pairs, Left left, Span strip, Block b, int64_t steps, float *c) {
+    left.words += strip.start * left.row;
+    if (in_tiles(pairs)) {
+        by_tiles(left, strip.count, b, steps / 2, c, 0);
         return;
     }
-    strip(0, left, b, steps < SUM ? steps : SUM, rows, 0);
+    if (pairs) {
+        by_vectors(1, left, strip.count, b, steps / 2, c, 0);
+        return;
+    }
+    by_vectors(0, left, strip.count, b, smaller(steps, SUM), c, 0);
     for (int64_t k = SUM; k < steps; k += SUM) {
         left.words += SUM * left.step, b.data += SUM * b.columns;
-        strip(0, left, b, steps - k < SUM ? steps - k : SUM, rows, 1);
+        by_vectors(0, left, strip.count, b, smaller(steps - k, SUM), c, 1);
     }
 }
 
 /* All rows of a product. */
 INLINE void multiply(int pairs, Left left, Block b, int64_t steps, Block c) {
-    for (int64_t r = 0; r < c.rows; r += ROWS) product(pairs, left, r, b, steps, row_of(c, r));
+    FOR_STRIPS(r, c.rows, pairs)
+        product(pairs, left, r, b, steps, row_of(c, r.start));
 }
 
 /* target [n, Dv] = weights^T context, + `added` where there is any, in the order in which it is stored; meanwhile the
  * block of `ahead` behind n is fetched. Words of both factors are for sums over their `steps` rows. */
 static void write_product(int pairs, Block weights, Block context, int64_t steps, Matrix added, Matrix target, Span n,
-                          Block strip, int stream, Matrix ahead) {
+                          Block made, int stream, Matrix ahead) {
     const int channel_major = target.across != 1;
     const Block left = channel_major ? context : weights, right = channel_major ? weights : context;
     added = rows_in(added, n), target = rows_in(target, n);
     if (channel_major) added = flipped(added), target = flipped(target);
-    strip.columns = right.columns;
-    for (int64_t r = 0; r < target.rows; r += ROWS) {
-        const Span some = {r, target.rows - r < ROWS ? target.rows - r : ROWS};
-        fetch(ahead, n, r / ROWS, (target.rows + ROWS - 1) / ROWS);
-        product(pairs, (Left){left.data, 1, left.columns}, r, right, steps, strip.data);
-        if (added.data) add(strip, rows_in(added, some));
-        store(strip, rows_in(target, some), stream);
+    made.columns = right.columns;
+    FOR_STRIPS(r, target.rows, pairs) {
+        fetch(ahead, n, r, target.rows);
+        product(pairs, (Left){left.data, 1, left.columns}, r, right, steps, made.data);
+        if (added.data) add(made, rows_in(added, r));
+        store(made, rows_in(target, r), stream);
     }
 }
 

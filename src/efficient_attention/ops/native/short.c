@@ -151,7 +151,7 @@ static void quadratic_piece(const Call *call, int64_t batch, int64_t head, int64
     const Block right = load_silenced(values, take(&scratch, rows, columns), value, mask, all, pairs);
     Block queries = take(&scratch, width, BLOCK), query_words = take(&scratch, width, BLOCK);
     Block products = take(&scratch, rows, BLOCK), product_words = take(&scratch, rows, BLOCK);
-    const Block strip = take(&scratch, ROWS, larger(columns, BLOCK));
+    const Block strip = take(&scratch, STRIP, larger(columns, BLOCK));
     Span n;
     for (int64_t i = 0; (n = block_in(then->p, chunk, i)).count; i++) {
         queries.columns = query_words.columns = products.columns = product_words.columns = filled(n);
@@ -165,7 +165,7 @@ static void quadratic_piece(const Call *call, int64_t batch, int64_t head, int64
 
 static int quadratic(const Call *call) {
     const int64_t width = padded(call->p->key_channels), columns = padded(call->p->value_channels);
-    const int64_t scratch = BLOCK * (4 * width + 2 * columns + 2 * BLOCK) + 2 * width + ROWS * (BLOCK + columns);
+    const int64_t scratch = BLOCK * (4 * width + 2 * columns + 2 * BLOCK) + 2 * width + STRIP * (BLOCK + columns);
     const Step step = {quadratic_piece, call->then->chunks};
     return for_steps(call, &step, 1, 0, scratch);
 }

@@ -43,12 +43,6 @@ INLINE Span block_in(const Problem *p, int64_t chunk, int64_t i) {
 /* Rows of a block that has these positions: as few whole vectors as hold them. */
 INLINE int64_t filled(Span n) { return padded(n.count); }
 
-/* ROWS of the positions of a block, from `first` on. */
-INLINE Span rows_of(Span n, int64_t first) {
-    int64_t left = n.count - first;
-    return (Span){n.start + first, left < ROWS ? left : ROWS};
-}
-
 INLINE Span all_heads(const Problem *p) { return (Span){0, p->batch * p->heads}; }
 
 static void work_on_chunk(const void *what, int64_t i, float *scratch) {

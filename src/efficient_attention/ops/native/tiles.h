@@ -1,0 +1,87 @@
+/* Registers of whole tiles, of processors that have them (AMX), which multiply many times as fast as vectors.
+ *
+ * A tile is TILE rows of TILE words. In factors these are pairs of bfloat16, in the order in which products.h has them
+ * anyway, and in sums float32.
+ */
+#ifndef TILES_H
+#define TILES_H
+
+#include "vectors.h"
+
+enum { TILE = 16 };
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define HAS_TILES
+
+/* Whether the system lets this process use them (tiles.c). */
+extern int may_use_tiles;
+
+/* What each of the eight registers holds, as the processor is told. */
+typedef struct {
+    uint8_t palette, from, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} Tiles;
+
+/* The thread's registers become those of this file; back come those that others had. */
+INLINE Tiles take_tiles(void) {
+    Tiles ours = {.palette = 1}, before = {0};
+    for (int t = 0; t < 8; t++) ours.row_bytes[t] = 4 * TILE, ours.rows[t] = TILE;
+    if (!may_use_tiles) return before;
+    __asm__ volatile("sttilecfg %0" : "=m"(before));
+    __asm__ volatile("ldtilecfg %0" ::"m"(ours));
+    return before;
+}
+
+INLINE void give_back_tiles(Tiles before) {
+    if (may_use_tiles) __asm__ volatile("ldtilecfg %0" ::"m"(before));
+}
+
+#define CLEAR_TILE(t) __asm__ volatile("tilezero %%tmm" #t ::)
+#define LOAD_TILE(t, words, row) \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(words), "r"((row) * 4) : "memory")
+#define STORE_TILE(t, words, row) \
+    __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(words), "r"((row) * 4) : "memory")
+#define ADD_PRODUCT_OF_TILES(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
+
+/* c = a b, or += it, for one or two tiles down and across; a and b have rows of so many words, and c as b. */
+INLINE void multiply_tiles(const int two_down, const int two_across, const float *a, int64_t a_row, const float *b,
+                           int64_t b_row, int64_t steps, float *c, const int add) {
+    float *lower = c + TILE * b_row;
+    if (add) {
+        LOAD_TILE(0, c, b_row);
+        if (two_across) LOAD_TILE(1, c + TILE, b_row);
+        if (two_down) LOAD_TILE(2, lower, b_row);
+        if (two_down && two_across) LOAD_TILE(3, lower + TILE, b_row);
+    } else {
+        CLEAR_TILE(0);
+        CLEAR_TILE(1);
+        CLEAR_TILE(2);
+        CLEAR_TILE(3);
+    }
+    for (const float *end = a + steps; a < end; a += TILE, b += TILE * b_row) {
+        LOAD_TILE(4, a, a_row);
+        LOAD_TILE(6, b, b_row);
+        ADD_PRODUCT_OF_TILES(0, 4, 6);
+        if (two_across) {
+            LOAD_TILE(7, b + TILE, b_row);
+            ADD_PRODUCT_OF_TILES(1, 4, 7);
+        }
+        if (two_down) {
+            LOAD_TILE(5, a + TILE * a_row, a_row);
+            ADD_PRODUCT_OF_TILES(2, 5, 6);
+            if (two_across) ADD_PRODUCT_OF_TILES(3, 5, 7);
+        }
+    }
+    STORE_TILE(0, c, b_row);
+    if (two_across) STORE_TILE(1, c + TILE, b_row);
+    if (two_down) STORE_TILE(2, lower, b_row);
+    if (two_down && two_across) STORE_TILE(3, lower + TILE, b_row);
+}
+
+#else
+typedef int Tiles;
+INLINE Tiles take_tiles(void) { return 0; }
+INLINE void give_back_tiles(Tiles before) { (void)before; }
+#endif
+#endif
