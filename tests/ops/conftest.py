@@ -12,11 +12,11 @@ def libraries(tmp_path_factory):
     """The kernels for each set of instructions, built when they are first asked for."""
 
     @functools.cache
-    def library(instructions):
+    def library(instructions, *more_flags):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
             flags = [f"-march={instructions}" if "march" in f else f for f in native_build.FLAGS]
-            patch.setattr(native_build, "FLAGS", tuple(flags))
+            patch.setattr(native_build, "FLAGS", (*flags, *more_flags))
             return native_build.load.__wrapped__()
 
     return library

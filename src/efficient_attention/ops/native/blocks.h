@@ -93,16 +93,19 @@ INLINE char *at(Matrix x, int64_t row, int64_t column) {
 }
 
 INLINE float element(const char *p, int64_t size) {
-    char bytes[4] = {0};
-    memcpy(bytes + 4 - size, p, size); /* a bfloat16 is the first half of a float32, which comes last */
+    uint32_t bits;
+    uint16_t upper;
+    if (size == 4) memcpy(&bits, p, 4);
+    else memcpy(&upper, p, 2), bits = (uint32_t)upper << 16; /* a bfloat16 is the first half of a float32 */
     float x;
-    memcpy(&x, bytes, 4);
+    memcpy(&x, &bits, 4);
     return x;
 }
 
 INLINE void set_element(char *p, float x, int64_t size) {
     half low = narrowed(SPLAT(x));
-    memcpy(p, size == 4 ? (void *)&x : (void *)&low, size);
+    if (size == 4) memcpy(p, &x, 4);
+    else memcpy(p, &low, 2);
 }
 
 INLINE vec vector(const char *p, int64_t size) {

@@ -174,7 +174,7 @@ static void attend_chunk(const Call *call, int64_t batch, int64_t head, int64_t 
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
         multiply(pairs, weight, load_channels(xs, x_words, x, (Matrix){0}, n, pairs), columns, queries);
         add_to_rows(queries, bias, p->key_channels);
-        if (p->softmax) normalize(queries, p->key_channels, p->groups);
+        if (p->softmax) normalize(queries, p->key_channels, p->groups, pairs);
         const Block weights = over_rows(queries, query_words, pairs);
         write_product(pairs, weights, context, width, added, output, n, strip, p->stream, x);
     }
@@ -214,7 +214,7 @@ static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head,
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
         multiply(pairs, weight, load_channels(by_channel, channel_words, x, everything, n, pairs), columns, weights);
         add_to_rows(weights, bias, p->key_channels);
-        if (p->softmax) normalize(weights, p->key_channels, p->groups);
+        if (p->softmax) normalize(weights, p->key_channels, p->groups, pairs);
         const Block d_out = load_channels(by_channel, channel_words, d_output, everything, n, pairs);
         multiply(pairs, context, d_out, columns, slope);
         if (p->softmax) pull_back_queries(slope, weights, p->key_channels, p->groups);
@@ -275,12 +275,13 @@ static int attend_module_backward(Call *call, float *sums, float *totals, const 
 }
 
 /* Keys and what comes to their weights, [2 padded(Dk), BLOCK], become weights and slopes of keys. */
-static void pull_back_keys(const Problem *p, Block both, const float *bias, const float *shift, const float *constant) {
+static void pull_back_keys(const Problem *p, Block both, const float *bias, const float *shift, const float *constant,
+                           int pairs) {
     for (int64_t r = 0; r < p->key_channels; r++)
         for (int64_t c = 0; c < BLOCK; c += LANES) {
             float *key = row_of(both, r) + c, *slope = row_of(both, both.rows / 2 + r) + c;
             vec weight = LOAD(key), d_key = LOAD(slope) + SPLAT(constant[r]);
-            if (p->softmax) weight = exponential(weight - SPLAT(shift[r])), d_key *= weight;
+            if (p->softmax) weight = exponential(weight - SPLAT(shift[r]), pairs), d_key *= weight;
             else if (bias) weight += SPLAT(bias[r]);
             STORE(key, weight);
             STORE(slope, d_key);
@@ -316,7 +317,7 @@ static void summarize_backward_chunk(const Call *call, int64_t batch, int64_t he
     Span n;
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
         multiply(pairs, weight, load_channels(by_channel, channel_words, x, mask, n, pairs), columns, both);
-        pull_back_keys(p, both, bias, shift, constant);
+        pull_back_keys(p, both, bias, shift, constant, pairs);
         silence_columns(both, mask, n, 0.0f);
         add_block(pairs, over_columns(d_keys, words, pairs),
                   load_silenced(by_position, position_words, x, mask, n, pairs), run.sums);

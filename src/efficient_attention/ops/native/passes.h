@@ -55,7 +55,7 @@ static void over_queries(const Call *call, int64_t batch, int64_t head, int64_t 
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
         queries.columns = query_words.columns = filled(n);
         load(queries, flipped(rows_in(query, n)), 0.0f);
-        if (p->softmax) normalize(queries, p->key_channels, p->groups);
+        if (p->softmax) normalize(queries, p->key_channels, p->groups, pairs);
         const Block weights = over_rows(queries, query_words, pairs);
         write_product(pairs, weights, context, width, (Matrix){0}, output, n, strip, p->stream, query);
     }
@@ -146,7 +146,7 @@ static void back_over_queries(const Call *call, int64_t batch, int64_t head, int
         weights.columns = weight_words.columns = slope.columns = filled(n);
         d_out.rows = by_channels.columns = by_channels_words.columns = filled(n);
         load(weights, flipped(rows_in(query, n)), 0.0f);
-        if (p->softmax) normalize(weights, p->key_channels, p->groups);
+        if (p->softmax) normalize(weights, p->key_channels, p->groups, pairs);
         if (summed) {
             const Left left = over_columns(weights, weight_words, pairs);
             const Block right = load_over_rows(d_out, d_out_words, rows_in(d_output, n), pairs);

@@ -7,6 +7,7 @@
 #define PRODUCTS_H
 
 #include "blocks.h"
+#include "tiles.h"
 
 /* How many numbers are added in a row; pairs have lost more digits than a longer row costs. */
 enum { SUM = 128 };
@@ -135,6 +136,39 @@ INLINE Span strip_from(int64_t start, int64_t rows, int pairs) {
     for (Span r = strip_from(0, rows, pairs); r.count > 0; r = strip_from(r.start + r.count, rows, pairs))
 
 #ifdef HAS_TILES
+/* c = a b, or += it, for one or two tiles down and across; a and b have rows of so many words, and c as b. */
+INLINE void multiply_tiles(const int two_down, const int two_across, const float *a, int64_t a_row, const float *b,
+                           int64_t b_row, int64_t steps, float *c, const int add) {
+    float *lower = c + TILE * b_row;
+    if (add) {
+        LOAD_TILE(0, c, b_row);
+        if (two_across) LOAD_TILE(1, c + TILE, b_row);
+        if (two_down) LOAD_TILE(2, lower, b_row);
+        if (two_down && two_across) LOAD_TILE(3, lower + TILE, b_row);
+    } else {
+        CLEAR_TILE(0);
+        CLEAR_TILE(1);
+        CLEAR_TILE(2);
+        CLEAR_TILE(3);
+    }
+    for (const float *end = a + steps; a < end; a += TILE, b += TILE * b_row) {
+        LOAD_TILE(6, b, b_row);
+        if (two_across) LOAD_TILE(7, b + TILE, b_row);
+        LOAD_TILE(4, a, a_row);
+        ADD_PRODUCT_OF_TILES(0, 4, 6);
+        if (two_across) ADD_PRODUCT_OF_TILES(1, 4, 7);
+        if (two_down) {
+            LOAD_TILE(5, a + TILE * a_row, a_row);
+            ADD_PRODUCT_OF_TILES(2, 5, 6);
+            if (two_across) ADD_PRODUCT_OF_TILES(3, 5, 7);
+        }
+    }
+    STORE_TILE(0, c, b_row);
+    if (two_across) STORE_TILE(1, c + TILE, b_row);
+    if (two_down) STORE_TILE(2, lower, b_row);
+    if (two_down && two_across) STORE_TILE(3, lower + TILE, b_row);
+}
+
 /* So many words of a row are turned at a time. */
 enum { DEEP = 128 };
 

@@ -156,7 +156,7 @@ static void quadratic_piece(const Call *call, int64_t batch, int64_t head, int64
     for (int64_t i = 0; (n = block_in(then->p, chunk, i)).count; i++) {
         queries.columns = query_words.columns = products.columns = product_words.columns = filled(n);
         load(queries, flipped(rows_in(query, n)), 0.0f);
-        if (p->softmax) normalize(queries, p->key_channels, p->groups);
+        if (p->softmax) normalize(queries, p->key_channels, p->groups, pairs);
         multiply(pairs, left, over_rows(queries, query_words, pairs), width, products);
         const Block scores = over_rows(products, product_words, pairs);
         write_product(pairs, scores, right, rows, (Matrix){0}, output, n, strip, 0, query);

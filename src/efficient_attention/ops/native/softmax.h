@@ -13,7 +13,7 @@ static void raise_shift(Partial x, Block keys) {
         uint32_t any = 0;
         for (int i = 0; i < LANES; i++) any |= raised[i];
         if (!any) continue;
-        vec ratio = exponential(before - largest);
+        vec ratio = exponential(before - largest, 0);
         STORE(x.shift + c, largest);
         STORE(x.total + c, LOAD(x.total + c) * ratio);
         for (int i = 0; i < LANES; i++)
@@ -29,7 +29,7 @@ static void weigh(Block keys, const float *shift, float *total, int pairs) {
     for (int64_t c = 0; c < keys.columns; c += LANES) {
         vec of_block = SPLAT(0.0f), by = LOAD(shift + c);
         for (int64_t r = 0; r < keys.rows; r++) {
-            vec weight = exponential(LOAD(row_of(keys, r) + c) - by);
+            vec weight = exponential(LOAD(row_of(keys, r) + c) - by, pairs);
             if (pairs) weight = widened(narrowed(weight));
             STORE(row_of(keys, r) + c, weight);
             of_block += weight;
@@ -39,7 +39,7 @@ static void weigh(Block keys, const float *shift, float *total, int pairs) {
 }
 
 /* Queries [padded(Dk), .] become their softmax over the channels of each group. */
-static void normalize(Block queries, int64_t channels, int64_t groups) {
+static void normalize(Block queries, int64_t channels, int64_t groups, int pairs) {
     const int64_t size = channels / groups, row = queries.columns;
     for (int64_t first = 0; first < channels; first += size)
         for (int64_t n = 0; n < row; n += LANES) {
@@ -47,7 +47,7 @@ static void normalize(Block queries, int64_t channels, int64_t groups) {
             vec largest = LOAD(x), total = SPLAT(0.0f);
             for (int64_t c = 1; c < size; c++) largest = MAX(LOAD(x + c * row), largest);
             for (int64_t c = 0; c < size; c++) {
-                vec weight = exponential(LOAD(x + c * row) - largest);
+                vec weight = exponential(LOAD(x + c * row) - largest, pairs);
                 STORE(x + c * row, weight);
                 total += weight;
             }

@@ -1,7 +1,7 @@
 /* Registers of whole tiles, of processors that have them (AMX), which multiply many times as fast as vectors.
  *
- * A tile is TILE rows of TILE words. In factors these are pairs of bfloat16, in the order in which products.h has them
- * anyway, and in sums float32.
+ * A tile is TILE rows of TILE words. In factors these are pairs of bfloat16, as products.h has them anyway: of a left
+ * factor rows of a row's pairs, of a right one rows of pairs for each column. In sums they are float32.
  */
 #ifndef TILES_H
 #define TILES_H
@@ -43,41 +43,6 @@ INLINE void give_back_tiles(Tiles before) {
 #define STORE_TILE(t, words, row) \
     __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(words), "r"((row) * 4) : "memory")
 #define ADD_PRODUCT_OF_TILES(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
-
-/* c = a b, or += it, for one or two tiles down and across; a and b have rows of so many words, and c as b. */
-INLINE void multiply_tiles(const int two_down, const int two_across, const float *a, int64_t a_row, const float *b,
-                           int64_t b_row, int64_t steps, float *c, const int add) {
-    float *lower = c + TILE * b_row;
-    if (add) {
-        LOAD_TILE(0, c, b_row);
-        if (two_across) LOAD_TILE(1, c + TILE, b_row);
-        if (two_down) LOAD_TILE(2, lower, b_row);
-        if (two_down && two_across) LOAD_TILE(3, lower + TILE, b_row);
-    } else {
-        CLEAR_TILE(0);
-        CLEAR_TILE(1);
-        CLEAR_TILE(2);
-        CLEAR_TILE(3);
-    }
-    for (const float *end = a + steps; a < end; a += TILE, b += TILE * b_row) {
-        LOAD_TILE(4, a, a_row);
-        LOAD_TILE(6, b, b_row);
-        ADD_PRODUCT_OF_TILES(0, 4, 6);
-        if (two_across) {
-            LOAD_TILE(7, b + TILE, b_row);
-            ADD_PRODUCT_OF_TILES(1, 4, 7);
-        }
-        if (two_down) {
-            LOAD_TILE(5, a + TILE * a_row, a_row);
-            ADD_PRODUCT_OF_TILES(2, 5, 6);
-            if (two_across) ADD_PRODUCT_OF_TILES(3, 5, 7);
-        }
-    }
-    STORE_TILE(0, c, b_row);
-    if (two_across) STORE_TILE(1, c + TILE, b_row);
-    if (two_down) STORE_TILE(2, lower, b_row);
-    if (two_down && two_across) STORE_TILE(3, lower + TILE, b_row);
-}
 
 #else
 typedef int Tiles;

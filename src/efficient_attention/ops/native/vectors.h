@@ -51,29 +51,36 @@ typedef __m128i half;
 #endif
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 
-/* x 2^n for integers n, which are also the last bits of `shifted`; 0 below about the smallest normal number. */
+/* x 2^n for integers n, which are also the last bits of `shifted`; 0 below about the smallest normal number, as
+ * processors may take a hundred times as long for what is smaller. */
 INLINE vec scaled(vec x, vec n, vec shifted) {
 #ifdef __AVX512F__
     (void)shifted;
-    return _mm512_scalef_ps(x, n);
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, SPLAT(-125.0f), _CMP_NLT_UQ), x, n);
 #else
     return (vec)(((uvec)x + ((uvec)shifted << 23)) & ~(uvec)(n < SPLAT(-126.0f)));
 #endif
 }
 
-/* exp(x) for x <= 0, to 1e-7 of its value; NaN for NaN. */
-INLINE vec exponential(vec x) {
+/* exp(x) for x <= 0, to 1e-7 of its value; or, where it is for products of bfloat16, to 6e-6; NaN for NaN. */
+INLINE vec exponential(vec x, const int for_bfloat16) {
     const vec shifter = SPLAT(12582912.0f); /* 1.5 * 2^23: rounds to an integer */
     x = MAX(SPLAT(-150.0f), x);
-    vec shifted = FMA(x, SPLAT(1.44269504f), shifter), n = shifted - shifter;
-    /* x - n log(2), in two parts of which the first has few digits, so that its multiples are exact. */
-    vec r = FMA(n, SPLAT(2.12194440e-4f), FMA(n, SPLAT(-0.693359375f), x));
-    /* The series of exp, its last coefficients fitted to |r| <= log(2) / 2. */
-    vec p = FMA(r, SPLAT(1.9875691500e-4f), SPLAT(1.3981999507e-3f));
-    p = FMA(p, r, SPLAT(8.3334519073e-3f));
-    p = FMA(p, r, SPLAT(4.1665795894e-2f));
-    p = FMA(p, r, SPLAT(1.6666665459e-1f));
-    p = FMA(p, r, SPLAT(5.0000001201e-1f));
+    vec shifted = FMA(x, SPLAT(1.44269504f), shifter), n = shifted - shifter, r, p;
+    /* x - n log(2), and the series of exp, its last coefficients fitted to |r| <= log(2) / 2. */
+    if (for_bfloat16) {
+        r = FMA(n, SPLAT(-0.69314718f), x);
+        p = FMA(r, SPLAT(4.127767069e-2f), SPLAT(1.675353130e-1f));
+        p = FMA(p, r, SPLAT(5.000511806e-1f));
+    } else {
+        /* log(2) is in two parts of which the first has few digits, so that its multiples are exact. */
+        r = FMA(n, SPLAT(2.12194440e-4f), FMA(n, SPLAT(-0.693359375f), x));
+        p = FMA(r, SPLAT(1.9875691500e-4f), SPLAT(1.3981999507e-3f));
+        p = FMA(p, r, SPLAT(8.3334519073e-3f));
+        p = FMA(p, r, SPLAT(4.1665795894e-2f));
+        p = FMA(p, r, SPLAT(1.6666665459e-1f));
+        p = FMA(p, r, SPLAT(5.0000001201e-1f));
+    }
     return scaled(FMA(p, r * r, r + SPLAT(1.0f)), n, shifted);
 }
 
