@@ -119,6 +119,12 @@ INLINE void set_vector(char *p, vec x, int64_t size, int stream) {
     if (size == 2 && !stream) STORE_HALF(p, narrowed(x));
 }
 
+/* Two at once: what goes past the caches should go by whole lines of them. */
+INLINE void set_halves(char *p, half first, half second, int stream) {
+    if (stream) STREAM_HALVES(p, first, second);
+    else STORE_HALF(p, first), STORE_HALF(p + sizeof(half), second);
+}
+
 /* block = source, and `fill` around it. */
 INLINE void load(Block block, Matrix source, float fill) {
     const int64_t size = source.size;
@@ -159,11 +165,18 @@ INLINE void add(Block block, Matrix source) {
     }
 }
 
+/* Rows of x are columns of a block, from (row, column) on. */
+INLINE void load_turned(vec x[LANES], Block block, int64_t row, int64_t column) {
+    UNROLL for (int i = 0; i < LANES; i++) x[i] = LOAD(row_of(block, row + i) + column);
+    transpose(x);
+}
+
 /* target = what of a block is not padding; `stream`: past the caches, where whole vectors lie at natural addresses. */
 INLINE void store(Block block, Matrix target, int stream) {
     const int64_t size = target.size, apart = target.across == 1 ? target.down : target.across;
     int64_t columns = 0, rows = 0; /* that go by whole vectors */
-    stream = stream && ((uintptr_t)target.data | (uintptr_t)(apart * size)) % (LANES * size) == 0;
+    const int64_t natural = LANES * (target.across == 1 ? size : 4);
+    stream = stream && ((uintptr_t)target.data | (uintptr_t)(apart * size)) % natural == 0;
     if (target.across == 1) {
         columns = target.columns / LANES * LANES, rows = target.rows;
         for (int64_t r = 0; r < rows; r++)
@@ -171,13 +184,22 @@ INLINE void store(Block block, Matrix target, int stream) {
                 set_vector(at(target, r, c), LOAD(row_of(block, r) + c), size, stream);
     } else if (target.down == 1) {
         columns = target.columns / LANES * LANES, rows = target.rows / LANES * LANES;
-        for (int64_t c = 0; c < columns; c += LANES)
-            for (int64_t r = 0; r < rows; r += LANES) {
-                vec x[LANES];
-                UNROLL for (int i = 0; i < LANES; i++) x[i] = LOAD(row_of(block, r + i) + c);
-                transpose(x);
+        for (int64_t c = 0; c < columns; c += LANES) {
+            int64_t r = 0;
+            vec x[LANES];
+            half first[LANES];
+            for (; size == 2 && r + 2 * LANES <= rows; r += 2 * LANES) {
+                load_turned(x, block, r, c);
+                UNROLL for (int i = 0; i < LANES; i++) first[i] = narrowed(x[i]);
+                load_turned(x, block, r + LANES, c);
+                UNROLL for (int i = 0; i < LANES; i++)
+                    set_halves(at(target, r, c + i), first[i], narrowed(x[i]), stream);
+            }
+            for (; r < rows; r += LANES) {
+                load_turned(x, block, r, c);
                 UNROLL for (int i = 0; i < LANES; i++) set_vector(at(target, r, c + i), x[i], size, stream);
             }
+        }
     }
     if (rows == target.rows && columns == target.columns) return;
     for (int64_t r = 0; r < target.rows; r++)

@@ -22,6 +22,8 @@ typedef __m256i half; /* LANES bfloat16 */
 #define LOAD_HALF(p) _mm256_loadu_si256((const half *)(p))
 #define STORE_HALF(p, x) _mm256_storeu_si256((half *)(p), x)
 #define STREAM_HALF(p, x) _mm256_stream_si256((half *)(p), x)
+#define STREAM_HALVES(p, x, y) \
+    _mm512_stream_si512((__m512i *)(p), _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1))
 #define SPLAT(x) _mm512_set1_ps(x)
 #define MAX(a, b) _mm512_max_ps(a, b) /* b if either is NaN */
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
@@ -39,6 +41,8 @@ typedef __m128i half;
 #define LOAD_HALF(p) _mm_loadu_si128((const half *)(p))
 #define STORE_HALF(p, x) _mm_storeu_si128((half *)(p), x)
 #define STREAM_HALF(p, x) _mm_stream_si128((half *)(p), x)
+#define STREAM_HALVES(p, x, y) \
+    _mm256_stream_si256((__m256i *)(p), _mm256_inserti128_si256(_mm256_castsi128_si256(x), y, 1))
 #define SPLAT(x) _mm256_set1_ps(x)
 #define MAX(a, b) _mm256_max_ps(a, b)
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
