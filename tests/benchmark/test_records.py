@@ -17,7 +17,8 @@ from efficient_attention.benchmark.tables import comparison_table
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "experiments.md"
-SPEED = ROOT / "docs" / "speed.md"
+# Pages, and the folders of their records.
+SPEED = {"speed.md": RESULTS / "speed", "speed_amx.md": RESULTS / "speed" / "amx"}
 COMPARISONS = sorted(p for p in RESULTS.glob("experiments/*.json") if p.stem != "capacity")
 pytestmark = pytest.mark.skipif(not DOCUMENT.exists(), reason="not a checkout")
 
@@ -75,14 +76,13 @@ def test_the_rate_of_scenes_is_that_of_its_record():
     assert f"{rate} pairs" in DOCUMENT.read_text()
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("speed/*.json")), ids=lambda path: path.stem)
-def test_tables_of_speed_are_those_of_their_records(path):
-    assert show(read(path)) in SPEED.read_text()
-
-
-def test_every_record_of_speed_that_is_shown_is_there_with_its_picture():
-    text = SPEED.read_text()
+@pytest.mark.parametrize(("page", "folder"), SPEED.items())
+def test_tables_of_speed_are_those_of_their_records(page, folder):
+    text = (ROOT / "docs" / page).read_text()
+    records = set(folder.glob("*.json"))
     named = re.findall(r"<!-- record: (\S+) -->", text)
-    assert {ROOT / name for name in named} == set(RESULTS.glob("speed/*.json"))
+    assert {ROOT / name for name in named} == records
+    assert all(show(read(path)) in text for path in records)
     pictures = re.findall(r"!\[.*?\]\((\S+)\)", text)
-    assert all((SPEED.parent / picture).exists() for picture in pictures)
+    assert pictures
+    assert all((ROOT / "docs" / picture).exists() for picture in pictures)

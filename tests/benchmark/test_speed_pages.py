@@ -119,10 +119,12 @@ def test_a_document_has_what_its_records_say(record, tmp_path, capsys):
     folder = tmp_path / "docs"
     folder.mkdir()
     (tmp_path / "some.json").write_text(json.dumps(record))
+    (tmp_path / "other.json").write_text(json.dumps(record))
     document = folder / "speed.md"
-    document.write_text("# A\n<!-- record: some.json -->\nold\n<!-- end -->\nB\n")
+    empty = "<!-- record: other.json -->\n<!-- end -->\n"
+    document.write_text(f"# A\n<!-- record: some.json -->\nold\n<!-- end -->\n{empty}B\n")
     assert main(["bench", "document", str(document)]) == 0
-    assert capsys.readouterr().out == "some.json\n"
+    assert capsys.readouterr().out == "some.json\nother.json\n"
     text = document.read_text()
     assert text.startswith(
         "# A\n<!-- record: some.json -->\n![Times of ours over positions](speed/some.svg)\n\n"
@@ -130,6 +132,7 @@ def test_a_document_has_what_its_records_say(record, tmp_path, capsys):
     )
     assert text.endswith("\n<!-- end -->\nB\n")
     assert "old" not in text
+    assert text.count("**Forward") == 2
     picture = (folder / "speed" / "some.svg").read_text()
     assert "forward, float32, 8 heads" in picture
     # In words, as letters.

@@ -17,13 +17,13 @@ from .tables import speed_tables
 __all__ = ["fill", "show"]
 
 # A place for a record, and what stands there.
-_PLACE = re.compile(r"(<!-- record: (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- record: (\S+) -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
 
 
 def fill(document: str | Path, *, report: Callable[[str], None] = lambda line: None) -> None:
     """Put into a document what its records say, between ``<!-- record: FILE -->`` and ``<!-- end -->``.
 
-    Curves are drawn into the folder ``speed`` beside it.
+    Curves are drawn into a folder beside it that has its name.
 
     Args:
         document: a Markdown file; paths in it are from the folder above its own.
@@ -41,11 +41,11 @@ def fill(document: str | Path, *, report: Callable[[str], None] = lambda line: N
         record = json.loads(_read(path))
         text = show(record)
         if record["name"] != "orders":
-            picture = document.parent / "speed" / f"{path.stem}.svg"
+            picture = document.with_suffix("") / f"{path.stem}.svg"
             draw_speed(record, picture)
-            text = f"![Times of ours over positions](speed/{picture.name})\n\n{text}"
+            text = f"![Times of ours over positions]({document.stem}/{picture.name})\n\n{text}"
         report(place[2])
-        return f"{place[1]}{text}{place[3]}"
+        return f"{place[1]}{text}\n{place[3]}"
 
     text, count = _PLACE.subn(filled, _read(document))
     if not count:
