@@ -31,7 +31,7 @@ _set_aside: set[bool] = set()
 def build_native() -> Path:
     """Compile the CPU kernels in C, in a few seconds, unless they have been: ``backend="auto"`` then takes them.
 
-    They serve float32 and bfloat16 on Linux, on x86-64 processors with AVX2 or AVX-512. Needed are a C compiler with
+    They serve float32 and bfloat16 on Linux, on x86-64 processors with AVX2, AVX-512 or AMX. Needed are a C compiler with
     OpenMP (gcc, or clang with libomp) and a place to keep them, ``$XDG_CACHE_HOME`` or ``~/.cache``. Any number of
     processes may build at the same time.
 

@@ -241,10 +241,13 @@ def crossover(key_channels: int, value_channels: int) -> float:
     return 2 * key_channels * value_channels / (key_channels + value_channels)
 
 
-def quadratic_is_cheaper(queries: int, keys: int, key_channels: int, value_channels: int) -> bool:
+def quadratic_is_cheaper(
+    queries: int, keys: int, key_channels: int, value_channels: int, *, or_equal: bool = False
+) -> bool:
     """Whether :func:`operator_costs` has fewer multiply-adds for the quadratic order than for the linear one."""
     quadratic = queries * keys * (key_channels + value_channels)
-    return quadratic < (queries + keys) * key_channels * value_channels
+    linear = (queries + keys) * key_channels * value_channels
+    return quadratic < linear or (or_equal and quadratic == linear)
 
 
 def plain_is_cheaper(

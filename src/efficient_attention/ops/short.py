@@ -86,11 +86,13 @@ def _way(
         return None
     batch, heads, queries, channels = query.shape
     keys = key.shape[2]
-    quadratic = order == "auto" and quadratic_is_cheaper(queries, keys, channels, value.shape[3])
+    sizes = queries, keys, channels, value.shape[3]
     if library is not None and query.dtype in native_short.DTYPES:
         if max(queries, keys) > native_short.LONGEST or not fresh:
             return None
         key_mask = None if mask_layout is None else canonical_mask(_like(mask_layout), key)
+        # Of equal orders the quadratic one has fewer steps there.
+        quadratic = order == "auto" and quadratic_is_cheaper(*sizes, or_equal=True)
         run = native_short.attention(
             query, key, value, key_mask, normalization, quadratic, library, threads
         )
@@ -99,6 +101,7 @@ def _way(
     served = plain_is_cheaper(batch * heads, queries, keys, channels, itemsize, kept=recorded)
     if backend == "native" or mask_layout is not None or not served:
         return None
+    quadratic = order == "auto" and quadratic_is_cheaper(*sizes)
     return functools.partial(_plain, normalization, quadratic)
 
 
