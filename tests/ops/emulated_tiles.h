@@ -2,6 +2,7 @@
 #ifndef TILES_H
 #define TILES_H
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "vectors.h"
@@ -10,15 +11,32 @@
 enum { TILE = 16 };
 extern int may_use_tiles;
 
-static _Thread_local float registers[8][TILE][TILE];
+/* Only who has taken them may use them, and nobody may rely on what they hold at first. */
+static _Thread_local struct {
+    float words[8][TILE][TILE];
+    int taken;
+} registers;
 
-/* Nobody may rely on what they hold at first. */
 typedef int Tiles;
 static inline Tiles take_tiles(void) {
-    memset(registers, 0xff, sizeof registers);
+    memset(registers.words, 0xff, sizeof registers.words);
+    registers.taken = 1;
     return 0;
 }
-static inline void give_back_tiles(Tiles before) { (void)before; }
+static inline void give_back_tiles(Tiles before) { registers.taken = before; }
+
+static inline float (*tile_of(int t))[TILE] {
+    if (!registers.taken) abort();
+    return registers.words[t];
+}
+
+static inline void load_tile(int t, const float *words, int64_t row) {
+    for (int i = 0; i < TILE; i++) memcpy(tile_of(t)[i], words + i * row, 4 * TILE);
+}
+
+static inline void store_tile(int t, float *words, int64_t row) {
+    for (int i = 0; i < TILE; i++) memcpy(words + i * row, tile_of(t)[i], 4 * TILE);
+}
 
 static inline float upper_half(float word) {
     uint32_t bits;
@@ -48,11 +66,9 @@ static inline void add_product_of(float sum[TILE][TILE], float a[TILE][TILE], fl
         }
 }
 
-#define CLEAR_TILE(t) memset(registers[t], 0, sizeof registers[t])
-#define LOAD_TILE(t, words, row) \
-    for (int i = 0; i < TILE; i++) memcpy(registers[t][i], (words) + i * (row), 4 * TILE)
-#define STORE_TILE(t, words, row) \
-    for (int i = 0; i < TILE; i++) memcpy((words) + i * (row), registers[t][i], 4 * TILE)
-#define ADD_PRODUCT_OF_TILES(sum, a, b) add_product_of(registers[sum], registers[a], registers[b])
+#define CLEAR_TILE(t) memset(tile_of(t), 0, sizeof registers.words[t])
+#define LOAD_TILE(t, words, row) load_tile(t, words, row)
+#define STORE_TILE(t, words, row) store_tile(t, words, row)
+#define ADD_PRODUCT_OF_TILES(sum, a, b) add_product_of(tile_of(sum), tile_of(a), tile_of(b))
 
 #endif

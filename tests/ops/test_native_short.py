@@ -27,6 +27,7 @@ SHORT = [
     (2, 3, 16, 20, 64, 48),
     (1, 2, 100, 7, 33, 20),
     (1, 1, 64, 64, 128, 128),
+    (1, 2, 64, 64, 64, 64),  # as many multiply-adds in both orders
 ]
 
 
@@ -43,7 +44,7 @@ def by(backend, **options):
 def test_the_quadratic_order_is_as_precise_as_a_plain_run(
     dtype, normalization, layout, sizes, masked, kernels
 ):
-    assert planner.quadratic_is_cheaper(*sizes[2:])
+    assert planner.quadratic_is_cheaper(*sizes[2:], or_equal=True)
     inputs = make_inputs(*sizes, dtype=dtype)
     mask = None
     if masked:

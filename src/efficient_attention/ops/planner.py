@@ -244,7 +244,10 @@ def crossover(key_channels: int, value_channels: int) -> float:
 def quadratic_is_cheaper(
     queries: int, keys: int, key_channels: int, value_channels: int, *, or_equal: bool = False
 ) -> bool:
-    """Whether :func:`operator_costs` has fewer multiply-adds for the quadratic order than for the linear one."""
+    """Whether :func:`operator_costs` has fewer multiply-adds for the quadratic order than for the linear one.
+
+    ``or_equal``: or as many.
+    """
     quadratic = queries * keys * (key_channels + value_channels)
     linear = (queries + keys) * key_channels * value_channels
     return quadratic < linear or (or_equal and quadratic == linear)

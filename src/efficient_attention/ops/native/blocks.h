@@ -119,7 +119,7 @@ INLINE void set_vector(char *p, vec x, int64_t size, int stream) {
     if (size == 2 && !stream) STORE_HALF(p, narrowed(x));
 }
 
-/* Two at once: what goes past the caches should go by whole lines of them. */
+/* Two at once, that lie at a multiple of their size: with AVX-512 a whole line of the caches, past which they may go. */
 INLINE void set_halves(char *p, half first, half second, int stream) {
     if (stream) STREAM_HALVES(p, first, second);
     else STORE_HALF(p, first), STORE_HALF(p + sizeof(half), second);
@@ -171,7 +171,8 @@ INLINE void load_turned(vec x[LANES], Block block, int64_t row, int64_t column) 
     transpose(x);
 }
 
-/* target = what of a block is not padding; `stream`: past the caches, where whole vectors lie at natural addresses. */
+/* target = what of a block is not padding; `stream`: past the caches, where whole vectors, or
+ * two halves if they are turned, lie at natural addresses. */
 INLINE void store(Block block, Matrix target, int stream) {
     const int64_t size = target.size, apart = target.across == 1 ? target.down : target.across;
     int64_t columns = 0, rows = 0; /* that go by whole vectors */

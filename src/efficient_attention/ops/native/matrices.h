@@ -1,11 +1,11 @@
-/* Products of matrices anywhere in memory, in parallel: tile by tile of the results, in float32. */
+/* Products of matrices anywhere in memory, in parallel: part by part of the results, in float32. */
 #ifndef MATRICES_H
 #define MATRICES_H
 
 #include "parallel.h"
 #include "products.h"
 
-/* Rows and columns of a tile. */
+/* Rows and columns of a part. */
 enum { PART = 64 };
 
 /* Matrices in a tensor [batch, heads, rows, columns], of numbers of `size` bytes. */
@@ -49,7 +49,7 @@ INLINE Span piece(int64_t size, int64_t length, int64_t i) {
 
 INLINE int64_t pieces(int64_t size, int64_t length) { return (size + length - 1) / length; }
 
-/* A tile's copy of its part of a matrix, padded with 0. */
+/* A copy of what a part needs of a matrix, padded with 0. */
 INLINE Block copy(Matrix x, float *memory) {
     const Block block = {memory, padded(x.rows), padded(x.columns)};
     load(block, x, 0.0f);
@@ -73,15 +73,15 @@ INLINE void start(Block sums, Matrix down, Matrix across, float *memory) {
     }
 }
 
-INLINE int64_t tiles_of(const Product *p) {
-    const int64_t tiles = pieces(p->rows, PART) * pieces(p->columns, PART);
-    return p->target.view.data ? (p->summed ? 1 : p->batch) * p->heads * tiles : 0;
+INLINE int64_t parts_of(const Product *p) {
+    const int64_t parts = pieces(p->rows, PART) * pieces(p->columns, PART);
+    return p->target.view.data ? (p->summed ? 1 : p->batch) * p->heads * parts : 0;
 }
 
-static void multiply_tile(const void *what, int64_t i, float *scratch) {
+static void multiply_part(const void *what, int64_t i, float *scratch) {
     const Products *products = what;
     const Product *p = products->each;
-    for (; i >= tiles_of(p); p++) i -= tiles_of(p);
+    for (; i >= parts_of(p); p++) i -= parts_of(p);
     const int64_t width = pieces(p->columns, PART), height = pieces(p->rows, PART);
     const int64_t head = i / width / height % p->heads, sample = i / width / height / p->heads;
     const Span rows = piece(p->rows, PART, i / width % height), columns = piece(p->columns, PART, i % width);
@@ -105,9 +105,9 @@ static void multiply_tile(const void *what, int64_t i, float *scratch) {
 /* All of them; 1 if there is no memory. */
 static int multiply_matrices(const Product *each, int64_t count, int threads) {
     const Products products = {each, count};
-    int64_t tiles = 0;
-    for (int64_t i = 0; i < count; i++) tiles += tiles_of(each + i);
-    return for_each(tiles, threads, multiply_tile, &products, PART * (PART + 2 * SUM));
+    int64_t parts = 0;
+    for (int64_t i = 0; i < count; i++) parts += parts_of(each + i);
+    return for_each(parts, threads, multiply_part, &products, PART * (PART + 2 * SUM));
 }
 
 #endif

@@ -137,8 +137,8 @@ INLINE Span strip_from(int64_t start, int64_t rows, int pairs) {
 
 #ifdef HAS_TILES
 /* c = a b, or += it, for one or two tiles down and across; a and b have rows of so many words, and c as b. */
-INLINE void multiply_tiles(const int two_down, const int two_across, const float *a, int64_t a_row, const float *b,
-                           int64_t b_row, int64_t steps, float *c, const int add) {
+INLINE void multiply_tiles(int two_down, int two_across, const float *a, int64_t a_row, const float *b, int64_t b_row,
+                           int64_t steps, float *c, int add) {
     float *lower = c + TILE * b_row;
     if (add) {
         LOAD_TILE(0, c, b_row);
@@ -171,8 +171,9 @@ INLINE void multiply_tiles(const int two_down, const int two_across, const float
 
 /* So many words of a row are turned at a time. */
 enum { DEEP = 128 };
+_Static_assert((int)TILE == (int)LANES, "blocks are padded to whole tiles, and a tile is turned as vectors");
 
-/* A left factor whose rows lie in a row, as tiles want them: put into `memory` if need be. */
+/* A left factor with step 1, as tiles want it: as it is, or, where that is its row, turned into `memory`. */
 INLINE Left in_rows(Left left, int64_t rows, int64_t steps, float *memory) {
     if (left.step == 1) return left;
     for (int64_t r = 0; r < rows; r += TILE)
@@ -195,9 +196,8 @@ static void by_tiles(Left left, int64_t rows, Block b, int64_t steps, float *c, 
             multiply_tiles(rows > TILE, b.columns - j > TILE, a.words, a.row, b.data + j, b.columns, deep, c + j, add);
         left.words += deep * left.step, b.data += deep * b.columns, steps -= deep, add = 1;
     }
-    if (!steps) return;
-    if (add) by_vectors(1, left, rows, b, steps, c, 1);
-    else by_vectors(1, left, rows, b, steps, c, 0);
+    if (!add) by_vectors(1, left, rows, b, steps, c, 0); /* 0 where there is nothing to add up */
+    else if (steps) by_vectors(1, left, rows, b, steps, c, 1);
 }
 #else
 INLINE void by_tiles(Left left, int64_t rows, Block b, int64_t steps, float *c, int add) {

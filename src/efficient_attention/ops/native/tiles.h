@@ -39,9 +39,9 @@ INLINE void give_back_tiles(Tiles before) {
 
 #define CLEAR_TILE(t) __asm__ volatile("tilezero %%tmm" #t ::)
 #define LOAD_TILE(t, words, row) \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(words), "r"((row) * 4) : "memory")
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(words), "r"((int64_t)(row) * 4) : "memory")
 #define STORE_TILE(t, words, row) \
-    __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(words), "r"((row) * 4) : "memory")
+    __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(words), "r"((int64_t)(row) * 4) : "memory")
 #define ADD_PRODUCT_OF_TILES(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
 
 #else

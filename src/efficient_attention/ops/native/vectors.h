@@ -11,7 +11,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-/* A tile of a product has ROWS x VECTORS vectors of sums, which fit the registers (products.h). */
+/* A product is made in pieces of ROWS x VECTORS vectors of sums, which fit the registers (products.h). */
 #ifdef __AVX512F__
 enum { LANES = 16, ROWS = 8, VECTORS = 2 };
 typedef __m512 vec;
@@ -62,7 +62,7 @@ INLINE vec scaled(vec x, vec n, vec shifted) {
     (void)shifted;
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, SPLAT(-125.0f), _CMP_NLT_UQ), x, n);
 #else
-    return (vec)(((uvec)x + ((uvec)shifted << 23)) & ~(uvec)(n < SPLAT(-126.0f)));
+    return (vec)((((uvec)x + ((uvec)shifted << 23)) & ~(uvec)(n < SPLAT(-126.0f))) | (uvec)(n != n));
 #endif
 }
 
