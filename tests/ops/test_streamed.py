@@ -223,11 +223,12 @@ def test_low_precision_errs_no_more_than_twice_as_much_as_plain(dtype, normaliza
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_live_bytes_do_not_grow_with_the_positions(dtype, tokens):
     held = []
-    # Several blocks, which are longer where caches are larger.
+    # Several blocks of sums, which are longer where caches are larger.
     for positions in (1 << 16, 1 << 17):
         given = inputs(1, 64, None, 32, 64, 8, positions, positions, tokens=tokens)
         x, _, _, weights, biases, heads = given
         x = x.to(dtype)
+        assert all(len(tile.blocks) >= 4 for tile in streamed._walk(x, 32, torch.float32))
         weights, biases = ([t.to(dtype) for t in ts] for ts in (weights, biases))
         module = (x, None, None, weights, biases, "softmax", heads, True)
         forward = peak_bytes(lambda module=module: streamed.folded(*module)) - x.nbytes
