@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from efficient_attention.ops import native_build, native_module_launch, native_short, short
+from efficient_attention.ops import native_build, native_module_launch, short
 
 if torch.cuda.is_available():
     # Without it cuBLAS refuses deterministic algorithms.
@@ -29,7 +29,7 @@ def _fresh_state():
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     # What follows from limits that a test may have changed.
-    for remembered in (short._way, native_short._structure, native_module_launch._plan):
+    for remembered in (short._way, native_module_launch._plan):
         remembered.cache_clear()
     # Fills torch.empty with NaN: whatever is returned without having been written shows.
     torch.use_deterministic_algorithms(True)

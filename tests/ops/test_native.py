@@ -25,13 +25,14 @@ served = pytest.mark.skipif(native_build.why_not() is not None, reason=str(nativ
 
 DTYPES = [torch.float32, torch.bfloat16]
 NORMALIZATIONS = ["softmax", "scaling"]
-# B, H, N, M, Dk, Dv: one position; ragged ends of vectors, blocks and chunks; whole ones.
+# B, H, N, M, Dk, Dv: one position; ragged ends of vectors, blocks and chunks; whole ones; long sums over channels.
 SIZES = [
     (1, 2, 1, 1, 1, 1),
     (2, 3, 37, 53, 8, 5),
     (1, 1, 64, 2048, 16, 48),
     (1, 2, 4300, 2101, 33, 70),
     (2, 1, 129, 128, 128, 16),
+    (1, 1, 64, 70, 1024, 64),
 ]
 NAMES = ("output", "d_query", "d_key", "d_value")
 

@@ -21,18 +21,21 @@ served = pytest.mark.skipif(native_build.why_not() is not None, reason=str(nativ
 
 DTYPES = [torch.float32, torch.bfloat16]
 NORMALIZATIONS = ["softmax", "scaling"]
-# B, H, N, M, Dk, Dv for which the quadratic order is the cheaper one.
+ORDERS = ["auto", "linear"]
+# B, H, N, M, Dk, Dv for which the quadratic order is the cheaper one, also of the gradients.
 SHORT = [
-    (1, 2, 1, 1, 64, 64),
+    (1, 2, 1, 5, 64, 64),
     (2, 3, 16, 20, 64, 48),
     (1, 2, 100, 7, 33, 20),
     (1, 1, 64, 64, 128, 128),
     (1, 2, 64, 64, 64, 64),  # as many multiply-adds in both orders
+    (1, 1, 700, 40, 256, 192),  # more than one chunk of queries
 ]
+NAMES = ("output", "d_query", "d_key", "d_value")
 
 
-def by(backend, **options):
-    return functools.partial(efficient_attention, order="linear", backend=backend, **options)
+def by(backend, order="linear", **options):
+    return functools.partial(efficient_attention, order=order, backend=backend, **options)
 
 
 @served
@@ -45,18 +48,21 @@ def test_the_quadratic_order_is_as_precise_as_a_plain_run(
     dtype, normalization, layout, sizes, masked, kernels
 ):
     assert planner.quadratic_is_cheaper(*sizes[2:], or_equal=True)
+    assert planner.quadratic_gradients_are_cheaper(*sizes[2:])
     inputs = make_inputs(*sizes, dtype=dtype)
     mask = None
     if masked:
         mask = torch.rand(sizes[0], sizes[3]) > 0.3
         mask[:, 0] = True
     options = {"key_mask": mask, "normalization": normalization}
-    run = functools.partial(efficient_attention, backend="native", **options)
-    got = run(*(layouts(x)[layout] for x in inputs))
-    if dtype == torch.float32 and sizes[3] > 1:  # it is another order
-        assert not torch.equal(got, run(*inputs, order="linear"))
-    low, exact = (plain_attention(*x, **options) for x in (inputs, [x.double() for x in inputs]))
-    assert_as_precise_as_plain(got, low, exact)
+    laid_out = [layouts(x)[layout] for x in inputs]
+    got, linear = (attention_results(by("native", o, **options), laid_out) for o in ORDERS)
+    plain = functools.partial(plain_attention, **options)
+    low, exact = (attention_results(plain, x) for x in (inputs, [x.double() for x in inputs]))
+    for result, other, *known in zip(got, linear, low, exact, NAMES, strict=True):
+        if dtype == torch.float32:  # it is another order
+            assert not torch.equal(result, other)
+        assert_as_precise_as_plain(result, *known)
 
 
 @served
@@ -65,18 +71,20 @@ def test_a_query_whose_keys_are_all_masked_gets_nothing_in_the_quadratic_order(k
     mask = torch.ones(2, 20, dtype=torch.bool)
     mask[1] = False
     key[1], value[1] = torch.nan, torch.nan
-    output = efficient_attention(query, key, value, key_mask=mask, backend="native")
-    assert not output[1].any()
-    assert output[0].any()
+    inputs = query, key, value
+    for result in attention_results(by("native", "auto", key_mask=mask), inputs):
+        assert not result[1].any()
+        assert result[0].all()
 
 
 @served
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:])
-def test_only_gradients_of_short_inputs_that_are_asked_for_are_there(needs, kernels):
-    inputs = make_inputs(dtype=torch.float32)
-    whole = attention_results(by("native"), inputs)[1:]
+@pytest.mark.parametrize("order", ORDERS)
+def test_only_gradients_of_short_inputs_that_are_asked_for_are_there(order, needs, kernels):
+    inputs = make_inputs(*SHORT[1], dtype=torch.float32)
+    whole = attention_results(by("native", order), inputs)[1:]
     leaves = [x.detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True)]
-    output = by("native")(*leaves)
+    output = by("native", order)(*leaves)
     generator = torch.Generator().manual_seed(1)
     output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64).float())
     for leaf, gradient, need in zip(leaves, whole, needs, strict=True):
@@ -138,8 +146,9 @@ def test_inputs_of_any_size_and_layout_are_right(dtype, kernels, way):
         channels = [generator.choice([1, 2, 7, 16, 31, 33, 64, 100]) for _ in "KV"]
         inputs = make_inputs(batch, heads, *lengths, *channels, dtype=dtype)
         mask = generator.choice([None, torch.rand(batch, lengths[1]) > 0.5])
+        order = generator.choice(ORDERS)
         laid_out = [layouts(x)[generator.choice(list(layouts(x)))] for x in inputs]
-        got = attention_results(by("native", key_mask=mask), laid_out)
+        got = attention_results(by("native", order, key_mask=mask), laid_out)
         exact = attention_results(by("reference", key_mask=mask), [x.double() for x in inputs])
         # The gradient of a single key is zero, and what is left of it rounding of those of the others.
         largest = max([1.0, *(x.abs().max().item() for x in exact[1:] if x.numel())])
@@ -170,14 +179,18 @@ def test_no_channels_give_no_gradients(channels, kernels, way):
 
 @served
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [(150, 150), (1100, 600), (1100, 40)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(150, 150, 24, 40), (1100, 600, 24, 40), (1100, 40, 24, 40), (700, 40, 256, 192)],
+    ids=str,
+)
 @pytest.mark.parametrize("heads", [1, 3])
-def test_more_threads_than_heads_change_no_bit(heads, lengths, dtype, kernels):
-    inputs = make_inputs(1, heads, *lengths, 24, 40, dtype=dtype)
+def test_more_threads_than_heads_change_no_bit(heads, sizes, dtype, kernels):
+    inputs = make_inputs(1, heads, *sizes, dtype=dtype)
     results = []
     for threads in (1, 4):
         torch.set_num_threads(threads)
-        results.append(attention_results(by("native"), inputs))
+        results.append(attention_results(by("native", "auto"), inputs))
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 

@@ -18,6 +18,7 @@ from efficient_attention.ops.planner import (
     maps_per_block,
     module_costs,
     operator_costs,
+    quadratic_gradients_are_cheaper,
     streamed_bytes,
 )
 
@@ -241,6 +242,33 @@ def test_crossover_is_where_both_orders_cost_the_same(channels, expected):
             queries=n, keys=n, key_channels=channels[0], value_channels=channels[1]
         )
         assert min(costs, key=lambda name: costs[name].multiply_adds) == order
+
+
+def test_gradients_take_the_order_with_fewer_products_as_the_counter_sees_them():
+    def quadratic(a, w, v, d_output):
+        d_scores = d_output @ v.mT
+        return (a @ w.mT).mT @ d_output, d_scores.mT @ a, d_scores @ w
+
+    def linear(a, w, v, d_output):
+        d_context = a.mT @ d_output
+        return w @ d_context, v @ d_context.mT, d_output @ (w.mT @ v).mT
+
+    generator = random.Random(0)
+    chosen = set()
+    for _ in range(50):
+        queries, keys, key_channels, value_channels = (generator.randint(1, 99) for _ in range(4))
+        shapes = (queries, key_channels), (keys, key_channels), (keys, value_channels)
+        inputs = [torch.empty(s, device="meta") for s in (*shapes, (queries, value_channels))]
+        counts = []
+        for order in (quadratic, linear):
+            with FlopCounterMode(display=False) as counter:
+                order(*inputs)
+            counts.append(counter.get_total_flops())
+        sizes = queries, keys, key_channels, value_channels
+        assert quadratic_gradients_are_cheaper(*sizes) == (counts[0] <= counts[1])
+        chosen.add(counts[0] <= counts[1])
+    assert chosen == {False, True}
+    assert quadratic_gradients_are_cheaper(64, 64, 64, 64)  # as many
 
 
 def test_the_quadratic_order_is_planned_only_while_it_fits_the_cache():

@@ -6,8 +6,7 @@ What a call costs beside its arithmetic is Python's, so that sizes and strides a
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,16 +14,17 @@ from torch import Tensor
 from .chunks import SHORTEST, short_chunk_length
 from .huge_pages import on_huge_pages
 from .layout import empty_output
-from .native_calls import DTYPES, LONGEST_IN_CACHE, Argument, Problem, View, address, check, run
+from .native_calls import DTYPES, LONGEST_IN_CACHE, Argument, Problem, View, check
+from .planner import quadratic_gradients_are_cheaper, quadratic_is_cheaper
 
-__all__ = ["DTYPES", "LONGEST", "attention", "gradients"]
+__all__ = ["DTYPES", "LONGEST", "Attention"]
 
 # Queries and keys, each.
 LONGEST = SHORTEST
 # Keys of the quadratic order: one block of the kernels.
 _MOST_QUADRATIC = 64
 
-_TENSORS = ("query", "key", "value", "mask", "output", "d_query", "d_key", "d_value")
+_TENSORS = ("query", "key", "value", "mask", "d_query", "d_key", "d_value", "output")
 
 
 class _Short(ctypes.Structure):
@@ -37,96 +37,107 @@ class _Short(ctypes.Structure):
     ]
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    normalization: str,
-    quadratic: bool,
-    library: ctypes.CDLL,
-    threads: int,
-) -> Callable[..., Tensor]:
-    """What computes ``rho_q(Q) rho_k(K)^T V``, ``[B, H, N, Dv]``, for such queries, keys, values and masks.
+class Attention:
+    """``rho_q(Q) rho_k(K)^T V``, ``[B, H, N, Dv]``, and its gradients, for inputs of which only the values are new.
 
-    Of those here only shapes, strides and dtypes count: they may be on the meta device. ``quadratic``: perhaps in the
-    quadratic order.
+    Args:
+        query, key, value, key_mask: of such shapes, strides and dtypes; they may be on the meta device.
+        normalization: as in :func:`.functional.efficient_attention`.
+        linear: whether the order must be the linear one, or may be the cheaper one of each pass.
+        library: the kernels.
     """
-    like = empty_output(query, value.shape[3])
-    shape, strides = like.shape, like.stride()
-    given = query, key, value, _spread(key_mask, key), like
-    sizes = _sizes(normalization, quadratic, given, threads)
-    kernel = library.efficient_attention
-    kernel.argtypes = [ctypes.c_void_p] * 6
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
-        output = on_huge_pages(query.new_empty_strided(shape, strides))
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        normalization: str,
+        *,
+        linear: bool,
+        library: ctypes.CDLL,
+    ) -> None:
+        inputs, output = (query, key, value), empty_output(query, value.shape[3])
+        # One row or head of a mask is read again for each: its stride is 0.
+        mask = None if key_mask is None else key_mask.expand(key.shape[:3]).unsqueeze(-1)
+        gradients = [torch.empty_like(x) for x in inputs]
+        self.normalization, self._linear = normalization, linear
+        self._inputs, self._views = inputs, [*map(_view, (*inputs, mask, *gradients))]
+        self._output = output.shape, output.stride()
+        self._gradients = [(x.shape, x.stride()) for x in gradients]
+        self._known: dict[object, Argument] = {}
+        self._run, self._run_backward = _kernels(library)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
+    ) -> Tensor:
+        output = on_huge_pages(query.new_empty_strided(*self._output))
         mask = None if key_mask is None else key_mask.data_ptr()
         places = query.data_ptr(), key.data_ptr(), value.data_ptr(), mask, output.data_ptr()
-        check(kernel(sizes, *places))
+        check(self._run(self._sizes(self._output[1], False), *places))
         return output
 
-    return attend
+    def gradients(
+        self,
+        d_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Those of query, key and value, laid out as they are; ``None`` where ``needs`` is false."""
+        found = [
+            on_huge_pages(query.new_empty_strided(*layout)) if needed else None
+            for layout, needed in zip(self._gradients, needs, strict=True)
+        ]
+        given = query, key, value, key_mask, *found, d_output
+        places = [None if x is None else x.data_ptr() for x in given]
+        check(self._run_backward(self._sizes(d_output.stride(), True), *places))
+        return tuple(found)
 
+    def _sizes(self, output: tuple[int, ...], backward: bool) -> Argument:
+        """What a kernel gets beside places; ``output``: strides of the output, or of its gradient."""
+        asked = output, backward, torch.get_num_threads()
+        if asked not in self._known:
+            self._known[asked] = self._structure(*asked)
+        return self._known[asked]
 
-def gradients(
-    d_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    normalization: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Those of query, key and value, in their dtypes and layouts; ``None`` where ``needs`` is false."""
-    inputs = query, key, value
-    found = [torch.empty_like(x) if n else None for x, n in zip(inputs, needs, strict=True)]
-    given = *inputs, _spread(key_mask, key), d_output, *found
-    sizes = _sizes(normalization, False, given, torch.get_num_threads())
-    run("efficient_attention_backward", sizes, *map(address, given))
-    return tuple(found)
-
-
-def _spread(key_mask: Tensor | None, key: Tensor) -> Tensor | None:
-    # One row or head of a mask is read again for each: its stride is 0.
-    return None if key_mask is None else key_mask.expand(key.shape[:3]).unsqueeze(-1)
-
-
-def _sizes(
-    normalization: str, quadratic: bool, given: Sequence[Tensor | None], threads: int
-) -> Argument:
-    query, _, value, *_ = given
-    assert query is not None
-    assert value is not None
-    kind = query.dtype, normalization, quadratic, threads
-    layouts = [None if x is None else x.stride() for x in given]
-    return _structure(*kind, query.shape, value.shape, *layouts)
-
-
-@functools.lru_cache(maxsize=1024)
-def _structure(
-    dtype: torch.dtype,
-    normalization: str,
-    quadratic: bool,
-    threads: int,
-    query: torch.Size,
-    value: torch.Size,
-    *layouts: tuple[int, ...] | None,
-) -> Argument:
-    batch, heads, queries, key_channels = query
-    keys, value_channels = value[2:]
-    chunk = short_chunk_length(key_channels, value_channels)
-    kinds = {"bfloat16": dtype == torch.bfloat16, "softmax": normalization == "softmax"}
-    problems = (
-        Problem(
-            *(batch, heads, positions, chunk, 1, key_channels, value_channels, 1),
-            **kinds,
-            # All of the pool, or none of it: what is left over would be ended, and started again for the next.
-            threads=threads if batch * heads > 1 or max(queries, keys) > chunk else 1,
-            stream=batch * heads * positions * value_channels * dtype.itemsize > LONGEST_IN_CACHE,
+    def _structure(self, output: tuple[int, ...], backward: bool, threads: int) -> Argument:
+        query, _, value = self._inputs
+        batch, heads, queries, key_channels = query.shape
+        keys, value_channels = value.shape[2:]
+        chunk = short_chunk_length(key_channels, value_channels)
+        problems = (
+            Problem(
+                *(batch, heads, positions, chunk, 1, key_channels, value_channels, 1),
+                bfloat16=query.dtype == torch.bfloat16,
+                softmax=self.normalization == "softmax",
+                stream=batch * heads * positions * value_channels * query.itemsize
+                > LONGEST_IN_CACHE,
+                # All of the pool, or none of it: what is left over would be ended, and started again for the next.
+                threads=threads if batch * heads > 1 or max(queries, keys) > chunk else 1,
+            )
+            for positions in (keys, queries)
         )
-        for positions in (keys, queries)
-    )
-    views = [View(None, *(layout or ())) for layout in layouts]
-    views += [View()] * (len(_TENSORS) - len(views))
-    return ctypes.byref(_Short(*problems, *views, quadratic and keys <= _MOST_QUADRATIC))
+        sizes = queries, keys, key_channels, value_channels
+        # Of equal orders the quadratic one has fewer steps there.
+        if backward:
+            quadratic = quadratic_gradients_are_cheaper(*sizes)
+        else:
+            quadratic = quadratic_is_cheaper(*sizes, or_equal=True)
+        quadratic = quadratic and keys <= _MOST_QUADRATIC and not self._linear
+        return ctypes.byref(_Short(*problems, *self._views, View(None, *output), quadratic))
+
+
+def _view(x: Tensor | None) -> View:
+    """Of a tensor without its memory."""
+    return View() if x is None else View(None, *x.stride())
+
+
+def _kernels(library: ctypes.CDLL) -> tuple[Argument, Argument]:
+    """Those for the output and for the gradients, which take sizes and places."""
+    forward, backward = library.efficient_attention, library.efficient_attention_backward
+    forward.argtypes, backward.argtypes = [ctypes.c_void_p] * 6, [ctypes.c_void_p] * 9
+    return forward, backward

@@ -253,6 +253,18 @@ def quadratic_is_cheaper(
     return quadratic < linear or (or_equal and quadratic == linear)
 
 
+def quadratic_gradients_are_cheaper(
+    queries: int, keys: int, key_channels: int, value_channels: int
+) -> bool:
+    """The same of gradients that are computed from the inputs alone, or as many.
+
+    The quadratic order has five products with its N x M map or the gradient of that: three with key channels, two with
+    value channels. The linear one has five with the context or its gradient: three of keys, two of queries.
+    """
+    quadratic = queries * keys * (3 * key_channels + 2 * value_channels)
+    return quadratic <= (2 * queries + 3 * keys) * key_channels * value_channels
+
+
 def plain_is_cheaper(
     maps: int,
     queries: int,

@@ -44,7 +44,6 @@ def efficient_attention(
     recorded = records(query, key, value)
     run = _way(
         *(_library(backend, query, key, value), normalization, order, backend, fresh, recorded),
-        torch.get_num_threads(),
         (query.dtype, query.shape, query.stride()),
         (key.dtype, key.shape, key.stride()),
         (value.dtype, value.shape, value.stride()),
@@ -71,7 +70,6 @@ def _way(
     backend: str,
     fresh: bool,
     recorded: bool,
-    threads: int,
     query_layout: _Layout,
     key_layout: _Layout,
     value_layout: _Layout,
@@ -91,12 +89,12 @@ def _way(
         if max(queries, keys) > native_short.LONGEST or not fresh:
             return None
         key_mask = None if mask_layout is None else canonical_mask(_like(mask_layout), key)
-        # Of equal orders the quadratic one has fewer steps there.
-        quadratic = order == "auto" and quadratic_is_cheaper(*sizes, or_equal=True)
-        run = native_short.attention(
-            query, key, value, key_mask, normalization, quadratic, library, threads
+        run = native_short.Attention(
+            *(query, key, value, key_mask, normalization),
+            linear=order == "linear",
+            library=library,
         )
-        return functools.partial(_differentiable, run, normalization) if recorded else run
+        return functools.partial(_differentiable, run) if recorded else run
     itemsize = product_dtype(query.dtype).itemsize
     served = plain_is_cheaper(batch * heads, queries, keys, channels, itemsize, kept=recorded)
     if backend == "native" or mask_layout is not None or not served:
@@ -118,50 +116,43 @@ def _plain(
 
 
 def _differentiable(
-    run: Callable[..., Tensor],
-    normalization: str,
+    kernels: native_short.Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
 ) -> Tensor:
-    mask = canonical_mask(key_mask, key)
-    return _Kernels.apply(run, normalization, query, key, value, mask)
+    return _Kernels.apply(kernels, query, key, value, canonical_mask(key_mask, key))
 
 
 class _Kernels(torch.autograd.Function):
     """The kernels, and theirs for the gradients."""
 
     @staticmethod
-    def forward(ctx, run, normalization, query, key, value, key_mask):
+    def forward(ctx, kernels, query, key, value, key_mask):
         ctx.save_for_backward(query, key, value, key_mask)
-        ctx.normalization = normalization
-        return run(query, key, value, key_mask)
+        ctx.kernels = kernels
+        return kernels(query, key, value, key_mask)
 
     @staticmethod
     def backward(ctx, d_output):
         # Of inputs that nobody had cast, whatever is active by now.
         with without_autocast(d_output.device):
-            return _Kernels._gradients(ctx, d_output)
-
-    @staticmethod
-    def _gradients(ctx, d_output):
-        query, key, value, key_mask = ctx.saved_tensors
-        inputs = query, key, value
-        needs = ctx.needs_input_grad[2:5]
-        if nobody_watches(d_output, *inputs):
-            gradients = native_short.gradients(
-                d_output, *inputs, key_mask, ctx.normalization, needs
-            )
-        else:  # the gradient itself will be differentiated, or is one of many
-            rest = key_mask, ctx.normalization
-            gradients = pull_back(
-                lambda q, k, v: reference.attend(q, reference.summarize(k, v, *rest)[0], rest[1]),
-                inputs,
-                d_output,
-                needs,
-            )
-        return None, None, *gradients, None
+            query, key, value, key_mask = ctx.saved_tensors
+            inputs, needs = (query, key, value), ctx.needs_input_grad[1:4]
+            if nobody_watches(d_output, *inputs):
+                gradients = ctx.kernels.gradients(d_output, *inputs, key_mask, needs)
+            else:  # the gradient itself will be differentiated, or is one of many
+                rest = key_mask, ctx.kernels.normalization
+                gradients = pull_back(
+                    lambda q, k, v: reference.attend(
+                        q, reference.summarize(k, v, *rest)[0], rest[1]
+                    ),
+                    inputs,
+                    d_output,
+                    needs,
+                )
+        return None, *gradients, None
 
 
 def _are_right(query: Tensor, key: Tensor, value: Tensor) -> bool:

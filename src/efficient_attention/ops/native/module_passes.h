@@ -196,8 +196,8 @@ static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head,
     const Matrix d_output = sample_of(&call->d_output, batch, p), added = sample_of(&call->added, batch, p);
     const Matrix everything = {0};
     const int pairs = in_pairs(p);
-    const Block by_channel = take(&scratch, columns, BLOCK), channel_words = take(&scratch, columns, BLOCK);
-    const Block by_position = {by_channel.data, BLOCK, columns}, position_words = {channel_words.data, BLOCK, columns};
+    const Block by_channel = take(&scratch, columns, BLOCK), by_position = {by_channel.data, BLOCK, columns};
+    const Block x_words = take(&scratch, columns, BLOCK);
     const Block weights = take(&scratch, width, BLOCK), weight_words = take(&scratch, width, BLOCK);
     const Block slope = take(&scratch, width, BLOCK), slope_words = take(&scratch, width, BLOCK);
     const Block strip = take(&scratch, STRIP, larger(columns, BLOCK));
@@ -212,19 +212,19 @@ static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head,
     (void)head;
     Span n;
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
-        multiply(pairs, weight, load_channels(by_channel, channel_words, x, everything, n, pairs), columns, weights);
+        multiply(pairs, weight, load_channels(by_channel, x_words, x, everything, n, pairs), columns, weights);
         add_to_rows(weights, bias, p->key_channels);
         if (p->softmax) normalize(weights, p->key_channels, p->groups, pairs);
-        const Block d_out = load_channels(by_channel, channel_words, d_output, everything, n, pairs);
+        const Block d_out = load_channels(by_channel, x_words, d_output, everything, n, pairs);
         multiply(pairs, context, d_out, columns, slope);
         if (p->softmax) pull_back_queries(slope, weights, p->key_channels, p->groups);
         const Left left = over_columns(weights, weight_words, pairs);
-        add_block(pairs, left, load_silenced(by_position, position_words, d_output, everything, n, pairs),
+        add_block(pairs, left, load_silenced(by_position, x_words, d_output, everything, n, pairs),
                   part_of(run, 0, width).sums);
         if (call->parts > 1) {
             const Left of_slope = over_columns(slope, slope_words, pairs);
             const Partial d_weight = part_of(run, width, width);
-            add_block(pairs, of_slope, load_silenced(by_position, position_words, x, everything, n, pairs),
+            add_block(pairs, of_slope, load_silenced(by_position, x_words, x, everything, n, pairs),
                       d_weight.sums);
             add_sums(d_weight.total, slope);
         }
@@ -302,8 +302,8 @@ static void summarize_backward_chunk(const Call *call, int64_t batch, int64_t he
     const Matrix projection = weight_of(call), slopes = context_of(call->mean, batch, p);
     const float *shift = call->shift + batch * p->key_channels, *constant = call->correction + batch * p->key_channels;
     const int pairs = in_pairs(p);
-    const Block by_channel = take(&scratch, columns, BLOCK), channel_words = take(&scratch, columns, BLOCK);
-    const Block by_position = {by_channel.data, BLOCK, columns}, position_words = {channel_words.data, BLOCK, columns};
+    const Block by_channel = take(&scratch, columns, BLOCK), by_position = {by_channel.data, BLOCK, columns};
+    const Block x_words = take(&scratch, columns, BLOCK);
     const Block both = take(&scratch, 2 * width, BLOCK), words = take(&scratch, 2 * width, BLOCK);
     const Block d_keys = {row_of(both, width), width, BLOCK};
     const Block strip = take(&scratch, STRIP, larger(columns, BLOCK));
@@ -316,11 +316,11 @@ static void summarize_backward_chunk(const Call *call, int64_t batch, int64_t he
     clear(sums, 0), clear(run, 0);
     Span n;
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
-        multiply(pairs, weight, load_channels(by_channel, channel_words, x, mask, n, pairs), columns, both);
+        multiply(pairs, weight, load_channels(by_channel, x_words, x, mask, n, pairs), columns, both);
         pull_back_keys(p, both, bias, shift, constant, pairs);
         silence_columns(both, mask, n, 0.0f);
         add_block(pairs, over_columns(d_keys, words, pairs),
-                  load_silenced(by_position, position_words, x, mask, n, pairs), run.sums);
+                  load_silenced(by_position, x_words, x, mask, n, pairs), run.sums);
         add_sums(run.total, d_keys);
         end_run(sums, run, p, chunk, i);
         if (d_x.data)

@@ -48,12 +48,13 @@ static void over_queries(const Call *call, int64_t batch, int64_t head, int64_t 
     const Matrix query = head_of(&call->query, batch, head, p->key_channels, p);
     const Matrix output = head_of(&call->output, batch, head, p->value_channels, p);
     const int pairs = in_pairs(p);
-    Block queries = take(&scratch, width, BLOCK), query_words = take(&scratch, width, BLOCK);
+    Block queries = take(&scratch, width, BLOCK);
+    const Block query_words = take(&scratch, width, BLOCK);
     const Block strip = take(&scratch, STRIP, larger(columns, BLOCK));
     const Block context = over_rows(mean, take(&scratch, width, columns), pairs);
     Span n;
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
-        queries.columns = query_words.columns = filled(n);
+        queries.columns = filled(n);
         load(queries, flipped(rows_in(query, n)), 0.0f);
         if (p->softmax) normalize(queries, p->key_channels, p->groups, pairs);
         const Block weights = over_rows(queries, query_words, pairs);
@@ -133,18 +134,16 @@ static void back_over_queries(const Call *call, int64_t batch, int64_t head, int
     const Matrix d_query = head_of(&call->d_query, batch, head, p->key_channels, p);
     const Matrix d_output = head_of(&call->d_output, batch, head, p->value_channels, p);
     const int pairs = in_pairs(p);
-    Block weights = take(&scratch, width, BLOCK), weight_words = take(&scratch, width, BLOCK);
-    Block slope = take(&scratch, width, BLOCK);
-    Block d_out = take(&scratch, BLOCK, columns), d_out_words = take(&scratch, BLOCK, columns);
-    Block by_channels = {d_out.data, columns, BLOCK}, by_channels_words = {d_out_words.data, columns, BLOCK};
+    Block weights = take(&scratch, width, BLOCK), slope = take(&scratch, width, BLOCK);
+    Block d_out = take(&scratch, BLOCK, columns), by_channels = {d_out.data, columns, BLOCK};
+    const Block weight_words = take(&scratch, width, BLOCK), d_out_words = take(&scratch, BLOCK, columns);
     const Left context = over_columns(mean, take(&scratch, width, columns), pairs);
     const int summed = d_mean.sums.data != NULL;
     const Partial run = summed ? run_of(d_mean, &scratch, call) : d_mean;
     if (summed) clear(d_mean, 0), clear(run, 0);
     Span n;
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
-        weights.columns = weight_words.columns = slope.columns = filled(n);
-        d_out.rows = by_channels.columns = by_channels_words.columns = filled(n);
+        weights.columns = slope.columns = d_out.rows = by_channels.columns = filled(n);
         load(weights, flipped(rows_in(query, n)), 0.0f);
         if (p->softmax) normalize(weights, p->key_channels, p->groups, pairs);
         if (summed) {
@@ -157,7 +156,7 @@ static void back_over_queries(const Call *call, int64_t batch, int64_t head, int
             end_run(d_mean, run, p, chunk, i);
         }
         if (!d_query.data) continue;
-        const Block right = load_over_rows(by_channels, by_channels_words, flipped(rows_in(d_output, n)), pairs);
+        const Block right = load_over_rows(by_channels, d_out_words, flipped(rows_in(d_output, n)), pairs);
         FOR_STRIPS(c, width, pairs) {
             fetch(query, n, c, width);
             product(pairs, context, c, right, columns, row_of(slope, c.start));

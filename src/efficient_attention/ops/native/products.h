@@ -28,9 +28,11 @@ typedef struct {
     int64_t row, step;
 } Left;
 
-/* Words for sums over the rows of x: x, or pairs of its rows, [rows / 2, columns], which are put into `words`. */
+/* Words for sums over the rows of x: x, or pairs of its rows, [rows / 2, columns], which are put into the memory of
+ * `words`. */
 INLINE Block over_rows(Block x, Block words, int pairs) {
     if (!pairs) return x;
+    words.columns = x.columns;
     for (int64_t r = 0; r < x.rows; r += 2)
         for (int64_t c = 0; c < x.columns; c += LANES) {
             half first = narrowed(LOAD(row_of(x, r) + c)), second = narrowed(LOAD(row_of(x, r + 1) + c));
@@ -50,6 +52,7 @@ INLINE Left over_columns(Block x, Block words, int pairs) {
 /* Words for sums over the rows of a matrix, padded with 0: as `load` and `over_rows` give them. */
 INLINE Block load_over_rows(Block block, Block words, Matrix x, int pairs) {
     const int whole = x.rows == block.rows && x.columns == block.columns;
+    words.columns = block.columns;
     if (pairs && whole && x.across == 1) {
         for (int64_t r = 0; r < x.rows; r += 2)
             for (int64_t c = 0; c < x.columns; c += LANES)

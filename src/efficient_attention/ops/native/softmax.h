@@ -38,6 +38,9 @@ static void weigh(Block keys, const float *shift, float *total, int pairs) {
     }
 }
 
+/* So many channels are summed in a row, for the rounding. */
+enum { ROW_OF_CHANNELS = 16 };
+
 /* Queries [padded(Dk), .] become their softmax over the channels of each group. */
 static void normalize(Block queries, int64_t channels, int64_t groups, int pairs) {
     const int64_t size = channels / groups, row = queries.columns;
@@ -46,10 +49,14 @@ static void normalize(Block queries, int64_t channels, int64_t groups, int pairs
             float *x = row_of(queries, first) + n;
             vec largest = LOAD(x), total = SPLAT(0.0f);
             for (int64_t c = 1; c < size; c++) largest = MAX(LOAD(x + c * row), largest);
-            for (int64_t c = 0; c < size; c++) {
-                vec weight = exponential(LOAD(x + c * row) - largest, pairs);
-                STORE(x + c * row, weight);
-                total += weight;
+            for (int64_t start = 0; start < size; start += ROW_OF_CHANNELS) {
+                vec sum = SPLAT(0.0f);
+                for (int64_t c = start; c < smaller(start + ROW_OF_CHANNELS, size); c++) {
+                    vec weight = exponential(LOAD(x + c * row) - largest, pairs);
+                    STORE(x + c * row, weight);
+                    sum += weight;
+                }
+                total += sum;
             }
             vec by = SPLAT(1.0f) / total;
             for (int64_t c = 0; c < size; c++) STORE(x + c * row, LOAD(x + c * row) * by);
@@ -63,7 +70,12 @@ static void pull_back_queries(Block d_weights, Block weights, int64_t channels, 
         for (int64_t n = 0; n < row; n += LANES) {
             float *d = row_of(d_weights, first) + n, *x = row_of(weights, first) + n;
             vec total = SPLAT(0.0f);
-            for (int64_t c = 0; c < size; c++) total = FMA(LOAD(d + c * row), LOAD(x + c * row), total);
+            for (int64_t start = 0; start < size; start += ROW_OF_CHANNELS) {
+                vec sum = SPLAT(0.0f);
+                for (int64_t c = start; c < smaller(start + ROW_OF_CHANNELS, size); c++)
+                    sum = FMA(LOAD(d + c * row), LOAD(x + c * row), sum);
+                total += sum;
+            }
             for (int64_t c = 0; c < size; c++)
                 STORE(d + c * row, (LOAD(d + c * row) - total) * LOAD(x + c * row));
         }
