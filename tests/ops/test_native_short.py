@@ -30,6 +30,7 @@ SHORT = [
     (1, 1, 64, 64, 128, 128),
     (1, 2, 64, 64, 64, 64),  # as many multiply-adds in both orders
     (1, 1, 700, 40, 256, 192),  # more than one chunk of queries
+    (1, 2, 9, 600, 64, 48),  # and of keys
 ]
 NAMES = ("output", "d_query", "d_key", "d_value")
 
@@ -75,6 +76,21 @@ def test_a_query_whose_keys_are_all_masked_gets_nothing_in_the_quadratic_order(k
     for result in attention_results(by("native", "auto", key_mask=mask), inputs):
         assert not result[1].any()
         assert result[0].all()
+
+
+@served
+def test_chunks_of_which_all_keys_are_masked_count_for_nothing_in_the_quadratic_order(kernels):
+    query, key, value = make_inputs(*SHORT[-1], dtype=torch.float32)
+    first = 300
+    mask = torch.arange(600).expand(1, -1) >= first
+    key[:, :, :first], value[:, :, :first] = torch.nan, torch.nan
+    got = attention_results(by("native", "auto", key_mask=mask), (query, key, value))
+    rest = query, key[:, :, first:], value[:, :, first:]
+    expected = attention_results(by("reference"), rest)
+    torch.testing.assert_close(got[:2], expected[:2])
+    for gradient, of_rest in zip(got[2:], expected[2:], strict=True):
+        assert not gradient[:, :, :first].any()
+        torch.testing.assert_close(gradient[:, :, first:], of_rest)
 
 
 @served
@@ -181,7 +197,7 @@ def test_no_channels_give_no_gradients(channels, kernels, way):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "sizes",
-    [(150, 150, 24, 40), (1100, 600, 24, 40), (1100, 40, 24, 40), (700, 40, 256, 192)],
+    [(150, 150, 24, 40), (1100, 600, 24, 40), (700, 40, 256, 192), (40, 700, 256, 192)],
     ids=str,
 )
 @pytest.mark.parametrize("heads", [1, 3])

@@ -66,8 +66,8 @@ def efficient_attention(
         normalization: ``"softmax"`` or ``"scaling"``.
         order: ``"linear"``, ``"quadratic"`` (``(rho_q(Q) rho_k(K)^T) V``, the same values, cheaper for fewer than
             about ``2 Dk Dv / (Dk + Dv)`` positions) or ``"auto"``: the one with fewer multiply-adds; of equals the
-            linear one, or by kernels in C, which have the other for up to 64 keys, the quadratic one. A program that
-            is compiled, exported or traced serves every length, so ``"auto"`` is ``"linear"`` there.
+            linear one, or by the kernels in C, which have both for short inputs, the quadratic one. A program that is
+            compiled, exported or traced serves every length, so ``"auto"`` is ``"linear"`` there.
         backend: ``"triton"`` (one pass over memory, on NVIDIA GPUs), ``"native"`` (one pass, on CPUs, by kernels that
             the C compiler of the machine makes when they are first named: :func:`build_native`; ``"auto"`` takes them
             from then on), ``"blocked"`` (bounded memory, any device), ``"reference"`` (the plain equations) or

@@ -21,8 +21,8 @@ __all__ = ["DTYPES", "LONGEST", "Attention"]
 
 # Queries and keys, each.
 LONGEST = SHORTEST
-# Keys of the quadratic order: one block of the kernels.
-_MOST_QUADRATIC = 64
+# The numbers of the weights of one head's keys, which the quadratic order keeps: 1 MiB.
+_MOST_QUADRATIC = 256 << 10
 
 _TENSORS = ("query", "key", "value", "mask", "d_query", "d_key", "d_value", "output")
 
@@ -127,7 +127,7 @@ class Attention:
             quadratic = quadratic_gradients_are_cheaper(*sizes)
         else:
             quadratic = quadratic_is_cheaper(*sizes, or_equal=True)
-        quadratic = quadratic and keys <= _MOST_QUADRATIC and not self._linear
+        quadratic = quadratic and keys * key_channels <= _MOST_QUADRATIC and not self._linear
         return ctypes.byref(_Short(*problems, *self._views, View(None, *output), quadratic))
 
 

@@ -7,7 +7,7 @@
 typedef struct {
     Problem keys, queries;
     View query, key, value, mask, d_query, d_key, d_value, output; /* without their memory; output: or its gradient */
-    int64_t quadratic; /* (rho_q(Q) rho_k(K)^T) V, for keys of one block */
+    int64_t quadratic; /* (rho_q(Q) rho_k(K)^T) V */
 } Short;
 
 /* The sums of a chunk of the keys, of which the first come to the context; and behind them those of the queries, which
