@@ -79,18 +79,67 @@ def test_a_query_whose_keys_are_all_masked_gets_nothing_in_the_quadratic_order(k
 
 
 @served
-def test_chunks_of_which_all_keys_are_masked_count_for_nothing_in_the_quadratic_order(kernels):
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_chunks_of_which_all_keys_are_masked_count_for_nothing(order, normalization, kernels):
     query, key, value = make_inputs(*SHORT[-1], dtype=torch.float32)
     first = 300
-    mask = torch.arange(600).expand(1, -1) >= first
+    mask = torch.arange(600).expand(1, 1, -1) >= first
     key[:, :, :first], value[:, :, :first] = torch.nan, torch.nan
-    got = attention_results(by("native", "auto", key_mask=mask), (query, key, value))
+    run = by("native", order, key_mask=mask, normalization=normalization)
+    got = attention_results(run, (query, key, value))
     rest = query, key[:, :, first:], value[:, :, first:]
-    expected = attention_results(by("reference"), rest)
-    torch.testing.assert_close(got[:2], expected[:2])
+    expected = attention_results(by("reference", normalization=normalization), rest)
+    torch.testing.assert_close(got[:2], expected[:2], rtol=1e-4, atol=1e-5)
     for gradient, of_rest in zip(got[2:], expected[2:], strict=True):
         assert not gradient[:, :, :first].any()
-        torch.testing.assert_close(gradient[:, :, first:], of_rest)
+        torch.testing.assert_close(gradient[:, :, first:], of_rest, rtol=1e-4, atol=1e-5)
+
+
+@served
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_that_grow_by_more_than_exponentials_hold_are_right_in_the_quadratic_order(
+    dtype, kernels
+):
+    query, key, value = make_inputs(*SHORT[-1], dtype=dtype)
+    key = (key + torch.linspace(-200, 200, 600).unsqueeze(-1)).to(dtype)
+    inputs = query, key, value
+    got = attention_results(by("native", "auto"), inputs)
+    low, exact = (
+        attention_results(plain_attention, x) for x in (inputs, [x.double() for x in inputs])
+    )
+    for results in zip(got, low, exact, NAMES, strict=True):
+        assert_as_precise_as_plain(*results)
+
+
+@served
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("layout", ["token-major", "channel-major", "strided", "expanded"])
+def test_slopes_of_any_layout_give_the_same_gradients(layout, order, kernels):
+    inputs = make_inputs(*SHORT[1], dtype=torch.float32, requires_grad=True)
+    output = by("native", order)(*inputs)
+    slope = torch.randn_like(output)
+    other = layouts(slope)[layout] if layout != "expanded" else slope[:, :1].expand_as(slope)
+    results = [
+        torch.autograd.grad(output, inputs, x, retain_graph=True) for x in (other, other.clone())
+    ]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@served
+@pytest.mark.parametrize("order", ORDERS)
+def test_inputs_may_be_saved_elsewhere_for_the_backward_pass(order, kernels):
+    """Such as by ``torch.autograd.graph.save_on_cpu``: copies have strides of their own."""
+    inputs = [
+        layouts(x)["strided"].requires_grad_() for x in make_inputs(*SHORT[1], dtype=torch.float32)
+    ]
+    mask = torch.rand(2, 20) > 0.3
+    results = []
+    for pack in (lambda x: x, lambda x: x.clone(memory_format=torch.contiguous_format)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            output = by("native", order, key_mask=mask)(*inputs)
+        results.append(torch.autograd.grad(output.sin().sum(), inputs))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @served
@@ -110,15 +159,17 @@ def test_only_gradients_of_short_inputs_that_are_asked_for_are_there(order, need
 
 
 @served
-def test_second_derivatives_and_many_gradients_at_a_time_of_short_inputs_are_right(kernels):
+@pytest.mark.parametrize("order", ORDERS)
+def test_second_derivatives_and_many_gradients_at_a_time_of_short_inputs_are_right(order, kernels):
     inputs = make_inputs(1, 2, 7, 9, 4, 3, dtype=torch.float32, requires_grad=True)
     mask = torch.rand(1, 9) > 0.3
     results = []
     for backend in ("native", "reference"):
-        output = by(backend, key_mask=mask)(*inputs)
+        run = by(backend, order, key_mask=mask)
+        output = run(*inputs)
         first = torch.autograd.grad(output.sin().sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum(g.sin().sum() for g in first), inputs)
-        output = by(backend, key_mask=mask)(*inputs)
+        output = run(*inputs)
         slopes = torch.eye(3).reshape(3, 1, 1, 1, 3).expand(3, *output.shape)
         many = torch.autograd.grad(output, inputs, slopes, is_grads_batched=True)
         results.append((*first, *second, *many))
@@ -126,9 +177,10 @@ def test_second_derivatives_and_many_gradients_at_a_time_of_short_inputs_are_rig
 
 
 @served
-def test_gradients_are_as_precise_inside_autocast_as_outside(kernels, way):
-    inputs = make_inputs(dtype=torch.float32, requires_grad=True)
-    outputs = [by("native")(*inputs) for _ in range(2)]
+@pytest.mark.parametrize("order", ORDERS)
+def test_gradients_are_as_precise_inside_autocast_as_outside(order, kernels, way):
+    inputs = make_inputs(*SHORT[1], dtype=torch.float32, requires_grad=True)
+    outputs = [by("native", order)(*inputs) for _ in range(2)]
     expected = torch.autograd.grad(outputs[0].sum(), inputs)
     with torch.autocast("cpu", torch.bfloat16):
         got = torch.autograd.grad(outputs[1].sum(), inputs)
@@ -161,7 +213,8 @@ def test_inputs_of_any_size_and_layout_are_right(dtype, kernels, way):
         lengths = [generator.choice([0, 1, 2, 15, 16, 17, 63, 64, 65, 255, 257, 300]) for _ in "NM"]
         channels = [generator.choice([1, 2, 7, 16, 31, 33, 64, 100]) for _ in "KV"]
         inputs = make_inputs(batch, heads, *lengths, *channels, dtype=dtype)
-        mask = generator.choice([None, torch.rand(batch, lengths[1]) > 0.5])
+        broadcast = generator.choice([(batch,), (1,), (batch, heads), (1, heads), (batch, 1)])
+        mask = generator.choice([None, torch.rand(*broadcast, lengths[1]) > 0.5])
         order = generator.choice(ORDERS)
         laid_out = [layouts(x)[generator.choice(list(layouts(x)))] for x in inputs]
         got = attention_results(by("native", order, key_mask=mask), laid_out)

@@ -21,8 +21,8 @@ __all__ = ["DTYPES", "LONGEST", "Attention"]
 
 # Queries and keys, each.
 LONGEST = SHORTEST
-# The numbers of the weights of one head's keys, which the quadratic order keeps: 1 MiB.
-_MOST_QUADRATIC = 256 << 10
+# Layouts of outputs' gradients that are known for one of the inputs, at most.
+_MOST_KNOWN = 64
 
 _TENSORS = ("query", "key", "value", "mask", "d_query", "d_key", "d_value", "output")
 
@@ -58,14 +58,17 @@ class Attention:
         linear: bool,
         library: ctypes.CDLL,
     ) -> None:
-        inputs, output = (query, key, value), empty_output(query, value.shape[3])
+        self.normalization, self._linear, self._library = normalization, linear, library
+        self._inputs, self._layout = (query, key, value), _layout(query, key, value, key_mask)
         # One row or head of a mask is read again for each: its stride is 0.
         mask = None if key_mask is None else key_mask.expand(key.shape[:3]).unsqueeze(-1)
-        gradients = [torch.empty_like(x) for x in inputs]
-        self.normalization, self._linear = normalization, linear
-        self._inputs, self._views = inputs, [*map(_view, (*inputs, mask, *gradients))]
+        output, gradients = (
+            empty_output(query, value.shape[3]),
+            [*map(torch.empty_like, self._inputs)],
+        )
         self._output = output.shape, output.stride()
         self._gradients = [(x.shape, x.stride()) for x in gradients]
+        self._views = [*map(_view, (*self._inputs, mask, *gradients))]
         self._known: dict[object, Argument] = {}
         self._run, self._run_backward = _kernels(library)
 
@@ -88,11 +91,17 @@ class Attention:
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """Those of query, key and value, laid out as they are; ``None`` where ``needs`` is false."""
+        inputs = query, key, value, key_mask
+        if _layout(*inputs) != self._layout:  # somebody saved copies of them for the backward pass
+            of_copies = Attention(
+                *inputs, self.normalization, linear=self._linear, library=self._library
+            )
+            return of_copies.gradients(d_output, *inputs, needs)
         found = [
             on_huge_pages(query.new_empty_strided(*layout)) if needed else None
             for layout, needed in zip(self._gradients, needs, strict=True)
         ]
-        given = query, key, value, key_mask, *found, d_output
+        given = *inputs, *found, d_output
         places = [None if x is None else x.data_ptr() for x in given]
         check(self._run_backward(self._sizes(d_output.stride(), True), *places))
         return tuple(found)
@@ -100,9 +109,12 @@ class Attention:
     def _sizes(self, output: tuple[int, ...], backward: bool) -> Argument:
         """What a kernel gets beside places; ``output``: strides of the output, or of its gradient."""
         asked = output, backward, torch.get_num_threads()
-        if asked not in self._known:
-            self._known[asked] = self._structure(*asked)
-        return self._known[asked]
+        known = self._known.get(asked)
+        if known is None:
+            if len(self._known) == _MOST_KNOWN:
+                self._known.clear()
+            known = self._known[asked] = self._structure(*asked)
+        return known
 
     def _structure(self, output: tuple[int, ...], backward: bool, threads: int) -> Argument:
         query, _, value = self._inputs
@@ -127,8 +139,12 @@ class Attention:
             quadratic = quadratic_gradients_are_cheaper(*sizes)
         else:
             quadratic = quadratic_is_cheaper(*sizes, or_equal=True)
-        quadratic = quadratic and keys * key_channels <= _MOST_QUADRATIC and not self._linear
+        quadratic = quadratic and not self._linear
         return ctypes.byref(_Short(*problems, *self._views, View(None, *output), quadratic))
+
+
+def _layout(*inputs: Tensor | None) -> list[tuple[int, ...] | None]:
+    return [None if x is None else x.stride() for x in inputs]
 
 
 def _view(x: Tensor | None) -> View:

@@ -80,12 +80,6 @@ INLINE void add_to_total(float *total, Block keys, int pairs) {
         }
 }
 
-/* sums [left rows, right columns] += left right, summed over a block. */
-INLINE void add_block(int pairs, Left left, Block right, Block sums) {
-    FOR_STRIPS(r, sums.rows, pairs)
-        add_product(pairs, left, r, right, BLOCK, row_of(sums, r.start));
-}
-
 static void summarize_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
     const Problem *p = call->p;
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
@@ -116,7 +110,7 @@ static void summarize_chunk(const Call *call, int64_t batch, int64_t head, int64
             raise_shift(run, keys);
             weigh(keys, run.shift, run.total, pairs);
         } else add_to_total(run.total, keys, pairs);
-        add_block(pairs, (Left){over_rows(keys, key_words, pairs).data, 1, width}, right, run.sums);
+        add_multiply(pairs, (Left){over_rows(keys, key_words, pairs).data, 1, width}, right, BLOCK, run.sums);
         end_run(context, run, p, chunk, i);
     }
 }
@@ -219,13 +213,13 @@ static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head,
         multiply(pairs, context, d_out, columns, slope);
         if (p->softmax) pull_back_queries(slope, weights, p->key_channels, p->groups);
         const Left left = over_columns(weights, weight_words, pairs);
-        add_block(pairs, left, load_silenced(by_position, x_words, d_output, everything, n, pairs),
-                  part_of(run, 0, width).sums);
+        add_multiply(pairs, left, load_silenced(by_position, x_words, d_output, everything, n, pairs), BLOCK,
+                     part_of(run, 0, width).sums);
         if (call->parts > 1) {
             const Left of_slope = over_columns(slope, slope_words, pairs);
             const Partial d_weight = part_of(run, width, width);
-            add_block(pairs, of_slope, load_silenced(by_position, x_words, x, everything, n, pairs),
-                      d_weight.sums);
+            add_multiply(pairs, of_slope, load_silenced(by_position, x_words, x, everything, n, pairs), BLOCK,
+                         d_weight.sums);
             add_sums(d_weight.total, slope);
         }
         end_run(sums, run, p, chunk, i);
@@ -319,8 +313,8 @@ static void summarize_backward_chunk(const Call *call, int64_t batch, int64_t he
         multiply(pairs, weight, load_channels(by_channel, x_words, x, mask, n, pairs), columns, both);
         pull_back_keys(p, both, bias, shift, constant, pairs);
         silence_columns(both, mask, n, 0.0f);
-        add_block(pairs, over_columns(d_keys, words, pairs),
-                  load_silenced(by_position, x_words, x, mask, n, pairs), run.sums);
+        add_multiply(pairs, over_columns(d_keys, words, pairs),
+                     load_silenced(by_position, x_words, x, mask, n, pairs), BLOCK, run.sums);
         add_sums(run.total, d_keys);
         end_run(sums, run, p, chunk, i);
         if (d_x.data)

@@ -241,6 +241,12 @@ INLINE void multiply(int pairs, Left left, Block b, int64_t steps, Block c) {
         product(pairs, left, r, b, steps, row_of(c, r.start));
 }
 
+/* The same, added to c. */
+INLINE void add_multiply(int pairs, Left left, Block b, int64_t steps, Block c) {
+    FOR_STRIPS(r, c.rows, pairs)
+        add_product(pairs, left, r, b, steps, row_of(c, r.start));
+}
+
 /* target [n, Dv] = weights^T context, + `added` where there is any, in the order in which it is stored; meanwhile the
  * block of `ahead` behind n is fetched. Words of both factors are for sums over their `steps` rows. */
 static void write_product(int pairs, Block weights, Block context, int64_t steps, Matrix added, Matrix target, Span n,

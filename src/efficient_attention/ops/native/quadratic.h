@@ -1,283 +1,353 @@
 /* The quadratic order, (rho_q(Q) rho_k(K)^T) V: cheaper where keys or queries are few.
  *
- * Weights of a chunk of the keys are relative to its own largest keys, W = exp(K - shift). What makes them rho_k(K) is a
- * factor for each channel, by which the queries are multiplied, as it is known when all keys have been seen:
- * S = (rho_q(Q) f) W^T for each chunk of the keys, and O = sum S V.
+ * Weights of a chunk of the keys are relative to its own largest keys, W = exp(K - shift). What makes them rho_k(K) is
+ * a factor f for each channel, known when all keys have been seen, by which the queries are multiplied: a chunk of the
+ * keys adds S V to the output, for S = (A f) W^T and A = rho_q(Q).
  */
 #ifndef QUADRATIC_H
 #define QUADRATIC_H
 
 #include "steps.h"
 
-/* Of all keys of a head, W [M, padded(Dk)], and of a chunk of them its shifts, totals and then factors. */
-INLINE Block weights_of(const Call *call, Span keys) {
-    const int64_t width = padded(call->p->key_channels);
-    return (Block){call->partials + keys.start * width, filled(keys), width};
-}
-
-INLINE Span all_keys(const Call *call) { return (Span){0, call->p->positions}; }
-
-INLINE Partial scale_of(const Call *call, int64_t chunk) {
-    const Block all = weights_of(call, all_keys(call));
-    float *data = row_of(all, all.rows + 2 * chunk);
-    return (Partial){{data, all.columns, 0}, data, data + all.columns};
-}
-
-INLINE const float *factors_of(const Call *call, int64_t chunk) { return scale_of(call, chunk).total; }
-
-/* Sums over a chunk of the queries: gradients of rho_k(K) [M, padded(Dk)] and V [M, padded(Dv)], behind the above. */
+/* What a head keeps from step to step, N, M and channels padded. */
 typedef struct {
-    Block keys, values;
-} Slopes;
+    Block weights;  /* W [M, Dk] */
+    Block shifts;   /* [chunks of keys, Dk]; in the end, of a gradient, the sums that a softmax takes off it */
+    Block factors;  /* [chunks of keys, Dk]: totals of W, then f */
+    Block added;    /* [chunks of keys * N, Dv or Dk]: to outputs, or to gradients of A, if there are several chunks */
+    Block d_keys;   /* [chunks of queries * M, Dk]: to the gradients of rho_k(K), in the backward pass */
+    Block d_values; /* [chunks of queries * M, Dv]: to those of V */
+} Kept;
 
-INLINE int64_t slope_floats(const Call *call) {
-    const Block all = weights_of(call, all_keys(call));
-    return all.rows * (all.columns + padded(call->p->value_channels));
+INLINE Kept kept_in(const Call *call, float *memory) {
+    const Problem *p = call->p;
+    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels), keys = padded(p->positions);
+    const int64_t queries = padded(call->then->p->positions), slopes = call->then->chunks * keys;
+    Kept kept;
+    kept.weights = take(&memory, keys, width);
+    kept.shifts = take(&memory, call->chunks, width);
+    kept.factors = take(&memory, call->chunks, width);
+    kept.added = take(&memory, call->chunks > 1 ? call->chunks * queries : 0, larger(width, columns));
+    kept.d_keys = take(&memory, slopes, width);
+    kept.d_values = take(&memory, slopes, columns);
+    return kept;
 }
 
-INLINE Slopes slopes_of(const Call *call, int64_t chunk) {
-    const Block all = weights_of(call, all_keys(call));
-    float *data = scale_of(call, call->chunks).shift + chunk * slope_floats(call);
-    const Block keys = take(&data, all.rows, all.columns);
-    return (Slopes){keys, take(&data, all.rows, padded(call->p->value_channels))};
+INLINE Kept kept_of(const Call *call) { return kept_in(call, call->partials); }
+
+static int64_t kept_floats(const Call *call, int backward) {
+    float first[1]; /* nothing is written */
+    const Kept kept = kept_in(call, first);
+    return (backward ? row_of(kept.d_values, kept.d_values.rows) : kept.d_keys.data) - first;
 }
 
-/* What is left of a head to later steps. */
-INLINE int64_t kept_floats(const Call *call, int64_t slopes) {
-    const Block all = weights_of(call, all_keys(call));
-    return (all.rows + 2 * call->chunks) * all.columns + slopes * slope_floats(call);
+INLINE Block rows_of(Block x, Span n) { return (Block){row_of(x, n.start), filled(n), x.columns}; }
+
+/* Of all chunks of the keys, what chunk k adds for a block of queries, so many numbers for each. */
+INLINE Block added_by(const Call *call, Block added, int64_t k, Span n, int64_t columns) {
+    const int64_t start = k * padded(call->then->p->positions) + n.start;
+    return (Block){added.data + start * columns, filled(n), columns};
 }
 
+/* What chunk i of the queries adds for a block of keys. */
+INLINE Block slopes_of(const Call *call, Block slopes, int64_t i, Span m) {
+    return rows_of(slopes, (Span){i * padded(call->p->positions) + m.start, m.count});
+}
+
+INLINE void add_block(Block to, Block x) {
+    for (int64_t i = 0; i < x.rows * x.columns; i += LANES) STORE(to.data + i, LOAD(to.data + i) + LOAD(x.data + i));
+}
+
+/* Each row multiplied by its factor. */
+INLINE void scale_rows(Block x, const float *factors) {
+    for (int64_t r = 0; r < x.rows; r++)
+        for (int64_t c = 0; c < x.columns; c += LANES)
+            STORE(row_of(x, r) + c, SPLAT(factors[r]) * LOAD(row_of(x, r) + c));
+}
+
+INLINE void scale_columns(Block x, const float *factors) {
+    for (int64_t r = 0; r < x.rows; r++)
+        for (int64_t c = 0; c < x.columns; c += LANES)
+            STORE(row_of(x, r) + c, LOAD(factors + c) * LOAD(row_of(x, r) + c));
+}
+
+/* The largest of each column, if it is above the number there. */
+INLINE void raise(float *largest, Block x) {
+    for (int64_t c = 0; c < x.columns; c += LANES) {
+        vec most = LOAD(largest + c);
+        for (int64_t r = 0; r < x.rows; r++) most = MAX(LOAD(row_of(x, r) + c), most);
+        STORE(largest + c, most);
+    }
+}
+
+/* sums [Dk] += sum_m W slope. */
+INLINE void add_weighted(float *sums, Block weights, Block slope) {
+    for (int64_t c = 0; c < slope.columns; c += LANES) {
+        vec sum = SPLAT(0.0f);
+        for (int64_t r = 0; r < slope.rows; r++)
+            sum = FMA(LOAD(row_of(weights, r) + c), LOAD(row_of(slope, r) + c), sum);
+        STORE(sums + c, LOAD(sums + c) + sum);
+    }
+}
+
+/* A^T [padded(Dk), .] of a block of queries. */
+INLINE void load_queries(Block weights, Matrix query, Span n, const Problem *p) {
+    load(weights, flipped(rows_in(query, n)), 0.0f);
+    if (p->softmax) normalize(weights, p->key_channels, p->groups, in_pairs(p));
+}
+
+/* W of a chunk of the keys, its shift and totals. */
 static void weigh_keys(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
     const Problem *p = call->p;
     const Matrix key = head_of(&call->key, batch, head, p->key_channels, p);
     const Matrix mask = mask_of(&call->mask, batch, head);
     const float nothing = p->softmax ? -INFINITY : 0.0f;
-    const Partial scale = scale_of(call, chunk);
+    const Kept kept = kept_of(call);
+    float *shift = row_of(kept.shifts, chunk), *total = row_of(kept.factors, chunk);
     (void)scratch;
-    clear(scale, p->softmax);
-    Span n;
-    for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
-        const Block weights = weights_of(call, n);
-        load(weights, rows_in(key, n), nothing);
-        silence(weights, mask, n, nothing);
-        if (p->softmax) raise_shift(scale, weights);
+    for (int64_t c = 0; c < kept.shifts.columns; c++) shift[c] = p->softmax ? -FLT_MAX : 0.0f, total[c] = 0.0f;
+    Span m;
+    for (int64_t j = 0; (m = block_in(p, chunk, j)).count; j++) {
+        const Block weights = rows_of(kept.weights, m);
+        load(weights, rows_in(key, m), nothing);
+        silence(weights, mask, m, nothing);
+        if (p->softmax) raise(shift, weights);
     }
-    for (int64_t i = 0; p->softmax && (n = block_in(p, chunk, i)).count; i++)
-        weigh(weights_of(call, n), scale.shift, scale.total, in_pairs(p));
+    for (int64_t j = 0; p->softmax && (m = block_in(p, chunk, j)).count; j++)
+        weigh(rows_of(kept.weights, m), shift, total, in_pairs(p));
 }
 
 /* f = exp(shift - largest shift) / total of all keys, or one over how many there are. */
 static void compare_chunks(const Call *call, int64_t batch, int64_t head, int64_t piece, float *scratch) {
-    const int64_t width = padded(call->p->key_channels);
+    const Kept kept = kept_of(call);
     (void)piece, (void)scratch;
-    for (int64_t c = 0; c < width; c += LANES) {
-        vec shift = LOAD(scale_of(call, 0).shift + c), total = SPLAT(0.0f);
-        for (int64_t i = 1; i < call->chunks; i++) shift = MAX(shift, LOAD(scale_of(call, i).shift + c));
-        for (int64_t i = 0; i < call->chunks; i++) {
-            const Partial scale = scale_of(call, i);
-            const vec ratio = exponential(LOAD(scale.shift + c) - shift, 0);
-            total = FMA(LOAD(scale.total + c), ratio, total);
-            STORE(scale.total + c, ratio);
+    for (int64_t c = 0; c < kept.factors.columns; c += LANES) {
+        vec shift = LOAD(kept.shifts.data + c), total = SPLAT(0.0f);
+        for (int64_t k = 1; k < call->chunks; k++) shift = MAX(shift, LOAD(row_of(kept.shifts, k) + c));
+        for (int64_t k = 0; k < call->chunks; k++) {
+            float *of_chunk = row_of(kept.factors, k) + c;
+            const vec ratio = exponential(LOAD(row_of(kept.shifts, k) + c) - shift, 0);
+            total = FMA(LOAD(of_chunk), ratio, total);
+            STORE(of_chunk, ratio);
         }
         const vec by = SPLAT(1.0f) / divisors(call, batch, head, total);
-        for (int64_t i = 0; i < call->chunks; i++) {
-            float *factors = scale_of(call, i).total + c;
-            STORE(factors, LOAD(factors) * by);
+        for (int64_t k = 0; k < call->chunks; k++) {
+            float *factor = row_of(kept.factors, k) + c;
+            STORE(factor, LOAD(factor) * by);
         }
     }
 }
 
-/* to = x, or to += x, [padded(Dk), .] for to of as many columns, each row multiplied by its factor. */
-INLINE void scale_rows(Block to, Block x, const float *factors, const int add) {
-    for (int64_t c = 0; c < x.rows; c++)
-        for (int64_t n = 0; n < x.columns; n += LANES) {
-            const vec before = add ? LOAD(row_of(to, c) + n) : SPLAT(0.0f);
-            STORE(row_of(to, c) + n, FMA(SPLAT(factors[c]), LOAD(row_of(x, c) + n), before));
-        }
-}
-
-/* c += left right, of which `steps` numbers are summed. */
-INLINE void add_to(int pairs, Left left, Block right, int64_t steps, Block c) {
-    FOR_STRIPS(r, c.rows, pairs) add_product(pairs, left, r, right, steps, row_of(c, r.start));
-}
-
-static void score(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+/* What a chunk of the keys adds to the outputs of one of the queries: the outputs, if it is the only one. */
+static void score(const Call *call, int64_t batch, int64_t head, int64_t piece, float *scratch) {
     const Problem *p = call->p;
     const Call *then = call->then;
+    const int64_t chunk = piece / call->chunks, k = piece % call->chunks;
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
     const Matrix value = head_of(&call->value, batch, head, p->value_channels, p);
     const Matrix query = head_of(&then->query, batch, head, p->key_channels, then->p);
     const Matrix output = head_of(&then->output, batch, head, p->value_channels, then->p);
     const Matrix mask = mask_of(&call->mask, batch, head);
+    const Kept kept = kept_of(call);
     const int pairs = in_pairs(p);
-    Block queries = take(&scratch, width, BLOCK), scaled = take(&scratch, width, BLOCK);
+    Block queries = take(&scratch, width, BLOCK), sums = take(&scratch, BLOCK, columns);
     Block scores = take(&scratch, BLOCK, BLOCK), values = take(&scratch, BLOCK, columns);
-    Block sums = take(&scratch, BLOCK, columns);
-    const Block scaled_words = take(&scratch, width, BLOCK), score_words = take(&scratch, BLOCK, BLOCK);
+    const Block query_words = take(&scratch, width, BLOCK), score_words = take(&scratch, BLOCK, BLOCK);
     const Block key_words = take(&scratch, BLOCK, width), value_words = take(&scratch, BLOCK, columns);
     Span n, m;
     for (int64_t i = 0; (n = block_in(then->p, chunk, i)).count; i++) {
-        queries.columns = scaled.columns = scores.columns = sums.rows = filled(n);
-        load(queries, flipped(rows_in(query, n)), 0.0f);
-        if (p->softmax) normalize(queries, p->key_channels, p->groups, pairs);
-        memset(sums.data, 0, sums.rows * columns * 4);
-        for (int64_t k = 0; k < call->chunks; k++) {
-            scale_rows(scaled, queries, factors_of(call, k), 0);
-            const Block by = over_rows(scaled, scaled_words, pairs);
-            for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
-                scores.rows = values.rows = filled(m);
-                multiply(pairs, over_columns(weights_of(call, m), key_words, pairs), by, width, scores);
-                const Left left = {over_rows(scores, score_words, pairs).data, 1, scores.columns};
-                add_to(pairs, left, load_silenced(values, value_words, value, mask, m, pairs), scores.rows, sums);
-            }
+        queries.columns = scores.columns = sums.rows = filled(n);
+        load_queries(queries, query, n, p);
+        scale_rows(queries, row_of(kept.factors, k));
+        const Block asking = over_rows(queries, query_words, pairs);
+        const Block to = call->chunks > 1 ? added_by(call, kept.added, k, n, columns) : sums;
+        memset(to.data, 0, to.rows * to.columns * 4);
+        for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
+            scores.rows = values.rows = filled(m);
+            multiply(pairs, over_columns(rows_of(kept.weights, m), key_words, pairs), asking, width, scores);
+            const Left left = {over_rows(scores, score_words, pairs).data, 1, scores.columns};
+            add_multiply(pairs, left, load_silenced(values, value_words, value, mask, m, pairs), scores.rows, to);
         }
-        store(sums, rows_in(output, n), 0);
+        if (call->chunks == 1) store(to, rows_in(output, n), 0);
+    }
+}
+
+/* Outputs of a chunk of the queries from what chunks of the keys add to them. */
+static void add_scores(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+    const Problem *p = call->then->p;
+    const Matrix output = head_of(&call->then->output, batch, head, p->value_channels, p);
+    const Block added = kept_of(call).added;
+    const int64_t columns = padded(p->value_channels);
+    (void)scratch;
+    Span n;
+    for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
+        FOR_PAIRS(a, b, call->chunks)
+            add_block(added_by(call, added, a, n, columns), added_by(call, added, b, n, columns));
+        store(added_by(call, added, 0, n, columns), rows_in(output, n), 0);
     }
 }
 
 static int quadratic(const Call *call) {
     const int64_t width = padded(call->p->key_channels), columns = padded(call->p->value_channels);
-    const Step steps[] = {{weigh_keys, call->chunks}, {compare_chunks, 1}, {score, call->then->chunks}};
-    return for_steps(call, steps, 3, kept_floats(call, 0), BLOCK * (4 * width + 3 * columns + 2 * BLOCK));
+    const int64_t keys = call->chunks, queries = call->then->chunks;
+    const Step steps[] = {{weigh_keys, keys}, {compare_chunks, 1}, {score, queries * keys}, {add_scores, queries}};
+    const int64_t scratch = BLOCK * (3 * width + 3 * columns + 2 * BLOCK);
+    return for_steps(call, steps, keys > 1 ? 4 : 3, kept_floats(call, 0), scratch);
 }
 
-/* A block of the queries, and of gradients of their outputs, in words: (A f)^T and dO^T for sums over channels, A and dO
- * for sums over queries. */
+/* A block of the queries, and of gradients of their outputs, in words: (A f)^T and dO^T for sums over channels, A and
+ * dO for sums over queries. */
 typedef struct {
     Block scaled, d_out_turned, queries, d_out;
 } Queries;
 
-INLINE Block rows_of(Block x, Span n) { return (Block){row_of(x, n.start), filled(n), x.columns}; }
-
-/* What such a block adds to the gradients of a block of the keys, dS^T A and S^T dO for dS = dO V^T; and d_scaled +=
- * W^T dS^T, that of (A f)^T, where it has memory. */
-static void back_over_block(const Call *call, Span m, Matrix value, Matrix mask, const Queries *q, Slopes slopes,
-                            Block d_scaled, float *scratch) {
-    const Block weights = weights_of(call, m);
-    const int64_t rows = weights.rows, width = weights.columns, columns = slopes.values.columns;
-    const int64_t queries = q->scaled.columns;
+/* What such a block adds to the gradients of a block of the keys: dS^T A to those of rho_k(K) and S^T dO to those of V,
+ * for dS = dO V^T. And d_scaled += W^T dS^T, where it has memory. */
+static void back_over_block(const Call *call, const Queries *q, Block weights, Matrix value, Matrix mask, Span m,
+                            Block d_keys, Block d_values, Block d_scaled, float *scratch) {
+    const int64_t rows = weights.rows, width = weights.columns, columns = d_values.columns, queries = q->scaled.columns;
     const int pairs = in_pairs(call->p);
     const Block scores = take(&scratch, rows, queries), score_words = take(&scratch, rows, queries);
     const Block values = take(&scratch, rows, columns), value_words = take(&scratch, rows, columns);
     const Block key_words = take(&scratch, rows, width);
     if (call->d_value.data) {
         multiply(pairs, over_columns(weights, key_words, pairs), q->scaled, width, scores);
-        add_to(pairs, over_columns(scores, score_words, pairs), q->d_out, queries, rows_of(slopes.values, m));
+        add_multiply(pairs, over_columns(scores, score_words, pairs), q->d_out, queries, d_values);
     }
     if (!call->d_key.data && !d_scaled.data) return;
     load(values, rows_in(value, m), 0.0f);
     silence(values, mask, m, 0.0f);
     multiply(pairs, over_columns(values, value_words, pairs), q->d_out_turned, columns, scores);
-    if (call->d_key.data)
-        add_to(pairs, over_columns(scores, score_words, pairs), q->queries, queries, rows_of(slopes.keys, m));
+    if (call->d_key.data) add_multiply(pairs, over_columns(scores, score_words, pairs), q->queries, queries, d_keys);
     if (d_scaled.data) {
         const Left back = {over_rows(weights, key_words, pairs).data, 1, width};
-        add_to(pairs, back, over_rows(scores, score_words, pairs), rows, d_scaled);
+        add_multiply(pairs, back, over_rows(scores, score_words, pairs), rows, d_scaled);
     }
 }
 
-/* Gradients of a chunk of the queries, and what it adds to those of keys and values. */
-static void score_backward(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+/* d_query of a block, from the slopes of its weights A^T. */
+INLINE void store_queries(Block slope, Block weights, Matrix d_query, Span n, const Problem *p) {
+    if (p->softmax) pull_back_queries(slope, weights, p->key_channels, p->groups);
+    store(slope, flipped(rows_in(d_query, n)), 0);
+}
+
+/* Chunk k of the keys adds to the gradients of A^T [padded(Dk), .]. */
+INLINE Block slope_by(const Call *call, Block added, int64_t k, Span n) {
+    const int64_t width = padded(call->p->key_channels);
+    return (Block){added_by(call, added, k, n, width).data, width, filled(n)};
+}
+
+/* What a chunk of the queries and one of the keys add to each other's gradients. */
+static void score_backward(const Call *call, int64_t batch, int64_t head, int64_t piece, float *scratch) {
     const Problem *p = call->p;
     const Call *then = call->then;
+    const int64_t chunk = piece / call->chunks, k = piece % call->chunks;
     const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
     const Matrix value = head_of(&call->value, batch, head, p->value_channels, p);
     const Matrix query = head_of(&then->query, batch, head, p->key_channels, then->p);
     const Matrix d_query = head_of(&then->d_query, batch, head, p->key_channels, then->p);
     const Matrix d_output = head_of(&then->d_output, batch, head, p->value_channels, then->p);
     const Matrix mask = mask_of(&call->mask, batch, head);
+    const Kept kept = kept_of(call);
+    const float *factors = row_of(kept.factors, k);
     const int pairs = in_pairs(p);
     Block weights = take(&scratch, width, BLOCK), turned = take(&scratch, BLOCK, width);
-    Block scaled = take(&scratch, width, BLOCK), d_scaled = take(&scratch, d_query.data ? width : 0, BLOCK);
-    Block slope = take(&scratch, width, BLOCK);
+    Block scaled = take(&scratch, width, BLOCK), slope = take(&scratch, width, BLOCK);
     Block d_out = take(&scratch, BLOCK, columns), d_out_turned = take(&scratch, columns, BLOCK);
     const Block turned_words = take(&scratch, BLOCK, width), scaled_words = take(&scratch, width, BLOCK);
     const Block d_out_words = take(&scratch, BLOCK, columns), d_out_turned_words = take(&scratch, columns, BLOCK);
-    const Slopes slopes = slopes_of(call, chunk);
-    memset(slopes.keys.data, 0, slope_floats(call) * 4);
-    if (!d_query.data) d_scaled.data = NULL;
     Span n, m;
+    for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
+        memset(slopes_of(call, kept.d_keys, chunk, m).data, 0, filled(m) * width * 4);
+        memset(slopes_of(call, kept.d_values, chunk, m).data, 0, filled(m) * columns * 4);
+    }
     for (int64_t i = 0; (n = block_in(then->p, chunk, i)).count; i++) {
-        turned.rows = d_out.rows = filled(n);
-        weights.columns = scaled.columns = d_scaled.columns = slope.columns = d_out_turned.columns = filled(n);
-        load(weights, flipped(rows_in(query, n)), 0.0f);
-        if (p->softmax) normalize(weights, p->key_channels, p->groups, pairs);
+        turned.rows = d_out.rows = weights.columns = scaled.columns = slope.columns = d_out_turned.columns = filled(n);
+        load_queries(weights, query, n, p);
         load(turned, flipped(matrix(weights.data, width, weights.columns)), 0.0f);
-        Queries q = {.queries = over_rows(turned, turned_words, pairs)};
-        q.d_out = load_over_rows(d_out, d_out_words, rows_in(d_output, n), pairs);
-        q.d_out_turned = load_over_rows(d_out_turned, d_out_turned_words, flipped(rows_in(d_output, n)), pairs);
-        memset(slope.data, 0, width * slope.columns * 4);
-        for (int64_t k = 0; k < call->chunks; k++) {
-            scale_rows(scaled, weights, factors_of(call, k), 0);
-            q.scaled = over_rows(scaled, scaled_words, pairs);
-            memset(d_scaled.data, 0, d_scaled.rows * d_scaled.columns * 4);
-            for (int64_t j = 0; (m = block_in(p, k, j)).count; j++)
-                back_over_block(call, m, value, mask, &q, slopes, d_scaled, scratch);
-            scale_rows(slope, d_scaled, factors_of(call, k), 1);
-        }
-        if (!d_query.data) continue;
-        if (p->softmax) pull_back_queries(slope, weights, p->key_channels, p->groups);
-        store(slope, flipped(rows_in(d_query, n)), 0);
-    }
-}
-
-/* sums [padded(Dk)] += sum_m f W slope, of a block. */
-INLINE void add_weighted(Block weights, Block slope, const float *factors, float *sums) {
-    for (int64_t c = 0; c < slope.columns; c += LANES) {
-        vec sum = SPLAT(0.0f);
-        for (int64_t r = 0; r < slope.rows; r++)
-            sum = FMA(LOAD(row_of(weights, r) + c), LOAD(row_of(slope, r) + c), sum);
-        STORE(sums + c, FMA(LOAD(factors + c), sum, LOAD(sums + c)));
-    }
-}
-
-/* Slopes of a block become gradients: f W (slope - sums), or f slope where there are no weights. */
-INLINE void pull_back_block(Block slope, const Block *weights, const float *factors, const float *sums) {
-    for (int64_t r = 0; r < slope.rows; r++)
-        for (int64_t c = 0; c < slope.columns; c += LANES) {
-            float *x = row_of(slope, r) + c;
-            vec factor = LOAD(factors + c);
-            if (weights) factor *= LOAD(row_of(*weights, r) + c);
-            STORE(x, factor * (LOAD(x) - LOAD(sums + c)));
-        }
-}
-
-/* Gradients of keys and values, from the sums of all chunks of the queries. */
-static void weigh_keys_backward(const Call *call, int64_t batch, int64_t head, int64_t piece, float *scratch) {
-    const Problem *p = call->p;
-    const Slopes slopes = slopes_of(call, 0);
-    const Matrix d_key = head_of(&call->d_key, batch, head, p->key_channels, p);
-    const Block sums = take(&scratch, 1, slopes.keys.columns);
-    (void)piece;
-    for (int64_t apart = 1; apart < call->then->chunks; apart *= 2)
-        for (int64_t a = 0; a + apart < call->then->chunks; a += 2 * apart) {
-            float *to = slopes_of(call, a).keys.data, *from = slopes_of(call, a + apart).keys.data;
-            for (int64_t i = 0; i < slope_floats(call); i += LANES) STORE(to + i, LOAD(to + i) + LOAD(from + i));
-        }
-    if (call->d_value.data) store(slopes.values, head_of(&call->d_value, batch, head, p->value_channels, p), 0);
-    if (!d_key.data) return;
-    memset(sums.data, 0, sums.columns * 4);
-    Span m;
-    for (int64_t k = 0; p->softmax && k < call->chunks; k++)
+        memcpy(scaled.data, weights.data, width * weights.columns * 4);
+        scale_rows(scaled, factors);
+        const Queries q = {
+            .scaled = over_rows(scaled, scaled_words, pairs),
+            .d_out_turned = load_over_rows(d_out_turned, d_out_turned_words, flipped(rows_in(d_output, n)), pairs),
+            .queries = over_rows(turned, turned_words, pairs),
+            .d_out = load_over_rows(d_out, d_out_words, rows_in(d_output, n), pairs),
+        };
+        Block to = call->chunks > 1 ? slope_by(call, kept.added, k, n) : slope;
+        memset(to.data, 0, to.rows * to.columns * 4);
+        if (!d_query.data) to.data = NULL;
         for (int64_t j = 0; (m = block_in(p, k, j)).count; j++)
-            add_weighted(weights_of(call, m), rows_of(slopes.keys, m), factors_of(call, k), sums.data);
-    for (int64_t k = 0; k < call->chunks; k++)
-        for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
-            const Block weights = weights_of(call, m), slope = rows_of(slopes.keys, m);
-            pull_back_block(slope, p->softmax ? &weights : NULL, factors_of(call, k), sums.data);
-            store(slope, rows_in(d_key, m), 0);
+            back_over_block(call, &q, rows_of(kept.weights, m), value, mask, m, slopes_of(call, kept.d_keys, chunk, m),
+                            slopes_of(call, kept.d_values, chunk, m), to, scratch);
+        if (!d_query.data) continue;
+        scale_rows(to, factors);
+        if (call->chunks == 1) store_queries(to, weights, d_query, n, p);
+    }
+}
+
+/* Gradients of a chunk of the queries from what chunks of the keys add to them. */
+static void add_slopes_of_queries(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+    const Problem *p = call->then->p;
+    const Matrix query = head_of(&call->then->query, batch, head, p->key_channels, p);
+    const Matrix d_query = head_of(&call->then->d_query, batch, head, p->key_channels, p);
+    const Block added = kept_of(call).added;
+    Block weights = take(&scratch, padded(p->key_channels), BLOCK);
+    Span n;
+    for (int64_t i = 0; d_query.data && (n = block_in(p, chunk, i)).count; i++) {
+        FOR_PAIRS(a, b, call->chunks) add_block(slope_by(call, added, a, n), slope_by(call, added, b, n));
+        weights.columns = filled(n);
+        load_queries(weights, query, n, p);
+        store_queries(slope_by(call, added, 0, n), weights, d_query, n, p);
+    }
+}
+
+/* Gradients of values, and slopes of W in a chunk of the keys, from what chunks of the queries add to them. */
+static void add_slopes_of_keys(const Call *call, int64_t batch, int64_t head, int64_t k, float *scratch) {
+    const Problem *p = call->p;
+    const Matrix d_value = head_of(&call->d_value, batch, head, p->value_channels, p);
+    const Kept kept = kept_of(call);
+    (void)scratch;
+    memset(row_of(kept.shifts, k), 0, kept.shifts.columns * 4);
+    Span m;
+    for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
+        const Block slope = slopes_of(call, kept.d_keys, 0, m), d_values = slopes_of(call, kept.d_values, 0, m);
+        FOR_PAIRS(a, b, call->then->chunks) {
+            add_block(slopes_of(call, kept.d_keys, a, m), slopes_of(call, kept.d_keys, b, m));
+            add_block(slopes_of(call, kept.d_values, a, m), slopes_of(call, kept.d_values, b, m));
         }
+        if (d_value.data) store(d_values, rows_in(d_value, m), 0);
+        scale_columns(slope, row_of(kept.factors, k));
+        add_weighted(row_of(kept.shifts, k), rows_of(kept.weights, m), slope);
+    }
+}
+
+/* Gradients of a chunk of the keys: W (slope - f sum_m W slope), or what scaling has left of the slope. */
+static void weigh_keys_backward(const Call *call, int64_t batch, int64_t head, int64_t k, float *scratch) {
+    const Problem *p = call->p;
+    const Matrix d_key = head_of(&call->d_key, batch, head, p->key_channels, p);
+    const Kept kept = kept_of(call);
+    const Block sums = take(&scratch, 1, kept.shifts.columns);
+    memset(sums.data, 0, sums.columns * 4);
+    for (int64_t i = 0; i < call->chunks; i++) add_block(sums, (Block){row_of(kept.shifts, i), 1, sums.columns});
+    scale_columns(sums, row_of(kept.factors, k));
+    Span m;
+    for (int64_t j = 0; d_key.data && (m = block_in(p, k, j)).count; j++) {
+        const Block slope = slopes_of(call, kept.d_keys, 0, m);
+        if (p->softmax) pull_back_keys(slope, rows_of(kept.weights, m).data, sums.data);
+        store(slope, rows_in(d_key, m), 0);
+    }
 }
 
 static int quadratic_backward(const Call *call) {
     const int64_t width = padded(call->p->key_channels), columns = padded(call->p->value_channels);
-    const Step steps[] = {
-        {weigh_keys, call->chunks}, {compare_chunks, 1}, {score_backward, call->then->chunks}, {weigh_keys_backward, 1},
-    };
+    const int64_t keys = call->chunks, queries = call->then->chunks;
     const int wanted = call->d_key.data || call->d_value.data;
-    const int64_t scratch = BLOCK * (8 * width + 6 * columns + 2 * BLOCK);
-    return for_steps(call, steps, wanted ? 4 : 3, kept_floats(call, call->then->chunks), scratch);
+    Step steps[6] = {{weigh_keys, keys}, {compare_chunks, 1}, {score_backward, queries * keys}};
+    int64_t count = 3;
+    if (keys > 1) steps[count++] = (Step){add_slopes_of_queries, queries};
+    if (wanted) steps[count++] = (Step){add_slopes_of_keys, keys}, steps[count++] = (Step){weigh_keys_backward, keys};
+    const int64_t scratch = BLOCK * (7 * width + 6 * columns + 2 * BLOCK);
+    return for_steps(call, steps, count, kept_floats(call, 1), scratch);
 }
 
 #endif

@@ -27,9 +27,7 @@ static void summarize_piece(const Call *call, int64_t batch, int64_t head, int64
 INLINE Partial add_up(const Call *call, Partial (*sums_of)(const Call *call, int64_t chunk), int64_t chunks,
                       int64_t slice) {
     const int64_t first = slice * LANES;
-    for (int64_t apart = 1; apart < chunks; apart *= 2)
-        for (int64_t a = 0; a + apart < chunks; a += 2 * apart)
-            merge(part_of(sums_of(call, a), first, LANES), part_of(sums_of(call, a + apart), first, LANES));
+    FOR_PAIRS(a, b, chunks) merge(part_of(sums_of(call, a), first, LANES), part_of(sums_of(call, b), first, LANES));
     return part_of(sums_of(call, 0), first, LANES);
 }
 

@@ -121,6 +121,11 @@ static void end_run(Partial whole, Partial run, const Problem *p, int64_t chunk,
     memcpy(run.shift, whole.shift, run.sums.rows * 4);
 }
 
+/* Pairs of `count` sums, a += b, that leave the sum of all in the first: a balanced tree. */
+#define FOR_PAIRS(a, b, count) \
+    for (int64_t apart = 1; apart < (count); apart *= 2) \
+        for (int64_t a = 0, b = apart; b < (count); a += 2 * apart, b += 2 * apart)
+
 /* Rows [parts, Dk] of each head at work from those of its chunks, as a balanced tree; LANES of them at a time. */
 static void gather(const Call *call, float *sums, float *shift, float *total) {
     const Problem *p = call->p;
@@ -128,10 +133,8 @@ static void gather(const Call *call, float *sums, float *shift, float *total) {
 #pragma omp parallel for num_threads(p->threads)
     for (int64_t i = 0; i < call->heads.count * slices; i++) {
         const int64_t head = call->heads.start + i / slices, first = i % slices * LANES;
-        for (int64_t apart = 1; apart < call->chunks; apart *= 2)
-            for (int64_t a = 0; a + apart < call->chunks; a += 2 * apart)
-                merge(part_of(partial_of(call, head, a), first, LANES),
-                      part_of(partial_of(call, head, a + apart), first, LANES));
+        FOR_PAIRS(a, b, call->chunks)
+            merge(part_of(partial_of(call, head, a), first, LANES), part_of(partial_of(call, head, b), first, LANES));
         const Partial whole = partial_of(call, head, 0);
         for (int64_t r = first; r < first + LANES && r % width < p->key_channels; r++) {
             const int64_t to = (head * call->parts + r / width) * p->key_channels + r % width;
