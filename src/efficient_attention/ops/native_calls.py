@@ -1,7 +1,7 @@
 """How the native kernels (native/*.c) are called: with addresses, strides and sizes, by ctypes.
 
-They allocate nothing but scratch memory: a few blocks for each thread, and on short inputs sums of chunks. All else is
-PyTorch's.
+They allocate nothing but scratch memory: a few blocks for each thread, and on short inputs sums of chunks, or weights
+of keys and what is added to gradients. All else is PyTorch's.
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ def quadratic_is_cheaper(
 def quadratic_gradients_are_cheaper(
     queries: int, keys: int, key_channels: int, value_channels: int
 ) -> bool:
-    """The same of gradients that are computed from the inputs alone, or as many.
+    """Whether gradients, computed from the inputs alone, take no more multiply-adds in the quadratic order.
 
     The quadratic order has five products with its N x M map or the gradient of that: three with key channels, two with
     value channels. The linear one has five with the context or its gradient: three of keys, two of queries.

@@ -14,9 +14,9 @@ typedef struct {
     Block weights;  /* W [M, Dk] */
     Block shifts;   /* [chunks of keys, Dk]; in the end, of a gradient, the sums that a softmax takes off it */
     Block factors;  /* [chunks of keys, Dk]: totals of W, then f */
-    Block added;    /* [chunks of keys * N, Dv or Dk]: to outputs, or to gradients of A, if there are several chunks */
-    Block d_keys;   /* [chunks of queries * M, Dk]: to the gradients of rho_k(K), in the backward pass */
-    Block d_values; /* [chunks of queries * M, Dv]: to those of V */
+    Block added;    /* [chunks of keys * N, Dv or Dk]: what each, of several, adds to outputs or to gradients of A */
+    Block d_keys;   /* [chunks of queries * M, Dk]: what each adds to gradients of rho_k(K), in the backward pass */
+    Block d_values; /* [chunks of queries * M, Dv]: and to those of V */
 } Kept;
 
 INLINE Kept kept_in(const Call *call, float *memory) {
@@ -198,30 +198,30 @@ static int quadratic(const Call *call) {
 /* A block of the queries, and of gradients of their outputs, in words: (A f)^T and dO^T for sums over channels, A and
  * dO for sums over queries. */
 typedef struct {
-    Block scaled, d_out_turned, queries, d_out;
+    Block asking, d_out_turned, queries, d_out;
 } Queries;
 
 /* What such a block adds to the gradients of a block of the keys: dS^T A to those of rho_k(K) and S^T dO to those of V,
- * for dS = dO V^T. And d_scaled += W^T dS^T, where it has memory. */
+ * for dS = dO V^T. And d_asking += W^T dS^T, where it has memory. */
 static void back_over_block(const Call *call, const Queries *q, Block weights, Matrix value, Matrix mask, Span m,
-                            Block d_keys, Block d_values, Block d_scaled, float *scratch) {
-    const int64_t rows = weights.rows, width = weights.columns, columns = d_values.columns, queries = q->scaled.columns;
+                            Block d_keys, Block d_values, Block d_asking, float *scratch) {
+    const int64_t rows = weights.rows, width = weights.columns, columns = d_values.columns, queries = q->asking.columns;
     const int pairs = in_pairs(call->p);
     const Block scores = take(&scratch, rows, queries), score_words = take(&scratch, rows, queries);
     const Block values = take(&scratch, rows, columns), value_words = take(&scratch, rows, columns);
     const Block key_words = take(&scratch, rows, width);
     if (call->d_value.data) {
-        multiply(pairs, over_columns(weights, key_words, pairs), q->scaled, width, scores);
+        multiply(pairs, over_columns(weights, key_words, pairs), q->asking, width, scores);
         add_multiply(pairs, over_columns(scores, score_words, pairs), q->d_out, queries, d_values);
     }
-    if (!call->d_key.data && !d_scaled.data) return;
+    if (!call->d_key.data && !d_asking.data) return;
     load(values, rows_in(value, m), 0.0f);
     silence(values, mask, m, 0.0f);
     multiply(pairs, over_columns(values, value_words, pairs), q->d_out_turned, columns, scores);
     if (call->d_key.data) add_multiply(pairs, over_columns(scores, score_words, pairs), q->queries, queries, d_keys);
-    if (d_scaled.data) {
+    if (d_asking.data) {
         const Left back = {over_rows(weights, key_words, pairs).data, 1, width};
-        add_multiply(pairs, back, over_rows(scores, score_words, pairs), rows, d_scaled);
+        add_multiply(pairs, back, over_rows(scores, score_words, pairs), rows, d_asking);
     }
 }
 
@@ -252,9 +252,9 @@ static void score_backward(const Call *call, int64_t batch, int64_t head, int64_
     const float *factors = row_of(kept.factors, k);
     const int pairs = in_pairs(p);
     Block weights = take(&scratch, width, BLOCK), turned = take(&scratch, BLOCK, width);
-    Block scaled = take(&scratch, width, BLOCK), slope = take(&scratch, width, BLOCK);
+    Block asking = take(&scratch, width, BLOCK), slope = take(&scratch, width, BLOCK);
     Block d_out = take(&scratch, BLOCK, columns), d_out_turned = take(&scratch, columns, BLOCK);
-    const Block turned_words = take(&scratch, BLOCK, width), scaled_words = take(&scratch, width, BLOCK);
+    const Block turned_words = take(&scratch, BLOCK, width), asking_words = take(&scratch, width, BLOCK);
     const Block d_out_words = take(&scratch, BLOCK, columns), d_out_turned_words = take(&scratch, columns, BLOCK);
     Span n, m;
     for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
@@ -262,13 +262,13 @@ static void score_backward(const Call *call, int64_t batch, int64_t head, int64_
         memset(slopes_of(call, kept.d_values, chunk, m).data, 0, filled(m) * columns * 4);
     }
     for (int64_t i = 0; (n = block_in(then->p, chunk, i)).count; i++) {
-        turned.rows = d_out.rows = weights.columns = scaled.columns = slope.columns = d_out_turned.columns = filled(n);
+        turned.rows = d_out.rows = weights.columns = asking.columns = slope.columns = d_out_turned.columns = filled(n);
         load_queries(weights, query, n, p);
         load(turned, flipped(matrix(weights.data, width, weights.columns)), 0.0f);
-        memcpy(scaled.data, weights.data, width * weights.columns * 4);
-        scale_rows(scaled, factors);
+        memcpy(asking.data, weights.data, width * weights.columns * 4);
+        scale_rows(asking, factors);
         const Queries q = {
-            .scaled = over_rows(scaled, scaled_words, pairs),
+            .asking = over_rows(asking, asking_words, pairs),
             .d_out_turned = load_over_rows(d_out_turned, d_out_turned_words, flipped(rows_in(d_output, n)), pairs),
             .queries = over_rows(turned, turned_words, pairs),
             .d_out = load_over_rows(d_out, d_out_words, rows_in(d_output, n), pairs),

@@ -41,7 +41,7 @@ static void piece_of_head(const void *what, int64_t i, float *scratch) {
     steps->steps->work(&call, head / heads, head % heads, i % pieces, scratch);
 }
 
-/* At most so many numbers are in memory for the sums of heads that threads share. */
+/* At most so many numbers are in memory for what heads that threads share leave for later steps. */
 enum { MOST_SHARED = 4 << 20 };
 
 static int for_steps(const Call *call, const Step *steps, int64_t count, int64_t floats, int64_t scratch_floats) {
