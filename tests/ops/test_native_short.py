@@ -120,9 +120,9 @@ def test_slopes_of_any_layout_give_the_same_gradients(layout, order, kernels):
     output = by("native", order)(*inputs)
     slope = torch.randn_like(output)
     other = layouts(slope)[layout] if layout != "expanded" else slope[:, :1].expand_as(slope)
-    results = [
-        torch.autograd.grad(output, inputs, x, retain_graph=True) for x in (other, other.clone())
-    ]
+    dense = other.clone(memory_format=torch.contiguous_format)
+    assert dense.stride() != other.stride()
+    results = [torch.autograd.grad(output, inputs, x, retain_graph=True) for x in (other, dense)]
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
