@@ -75,7 +75,7 @@ OPS = {
     "native_build": set(),
     "native_calls": {"chunks", "native_build"},
     "native_launch": {"chunks", "layout", "native_build", "native_calls"},
-    "native_short": {"chunks", "huge_pages", "layout", "native_calls", "planner"},
+    "native_short": {"chunks", "huge_pages", "layout", "native_calls", "planner", "watching"},
     "native_module_launch": {"chunks", "layout", "native_build", "native_calls"},
     "backends": {
         "blocked",

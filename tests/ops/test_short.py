@@ -111,6 +111,56 @@ def test_long_problems_and_those_that_somebody_watches_are_left_alone():
         assert watching.nobody_watches(*inputs)
 
 
+def test_likeness_tells_what_is_not_alike():
+    inputs = make_inputs(dtype=torch.float32)
+    are_alike = watching.likeness(*inputs)
+    assert are_alike is not None
+    assert are_alike(*inputs)
+    assert are_alike(*map(torch.randn_like, inputs))
+    query, *rest = inputs
+    for other in (
+        query[:, :, 1:],
+        query.mT.contiguous().mT,
+        query.double(),
+        query.to("meta"),
+        query.clone().requires_grad_(),
+        query.tolist(),
+        None,
+        torch.nn.Parameter(query, requires_grad=False),
+        torch._neg_view(query),
+        torch._efficientzerotensor(query.shape),
+    ):
+        assert not are_alike(other, *rest)
+    with TorchDispatchMode():
+        assert not are_alike(*inputs)
+    with torch.autocast("cpu"):
+        assert not are_alike(*inputs)
+    assert torch.func.vmap(lambda q: torch.tensor(not are_alike(q, *rest)))(query[None])
+    # What it does not tell.
+    assert not watching.is_followed()
+    with torch.autograd.forward_ad.dual_level():
+        assert watching.is_followed()
+
+
+def test_gradients_are_recorded_of_a_call_like_one_without():
+    inputs = make_inputs(dtype=torch.float32)
+    inputs[0].requires_grad_()
+    with torch.no_grad():
+        assert not served(*inputs).requires_grad
+    assert served(*inputs).requires_grad
+    with torch.inference_mode():
+        assert served(*inputs).is_inference()
+    assert not served(*inputs).is_inference()
+
+
+def test_a_call_alike_is_computed_as_the_one_before_and_others_are_not_forgotten():
+    lengths = range(3, 3 + 2 * short._MOST_ASKED)
+    for _ in range(2):
+        for length in lengths:
+            test_values_are_those_of_the_oracle("softmax", (length, 4))
+    assert all(len(known) <= short._MOST_ASKED for known in short._lately.values())
+
+
 def test_the_order_is_that_of_the_planner():
     for sizes in ((10, 20, 3, 4), (100, 3, 8, 8), (63, 63, 64, 64), (64, 64, 64, 64)):
         names = ("queries", "keys", "key_channels", "value_channels")

@@ -16,6 +16,7 @@ from .huge_pages import on_huge_pages
 from .layout import empty_output
 from .native_calls import DTYPES, LONGEST_IN_CACHE, Argument, Problem, View, check
 from .planner import quadratic_gradients_are_cheaper, quadratic_is_cheaper
+from .watching import empty_strided
 
 __all__ = ["DTYPES", "LONGEST", "Attention"]
 
@@ -66,8 +67,9 @@ class Attention:
             empty_output(query, value.shape[3]),
             [*map(torch.empty_like, self._inputs)],
         )
-        self._output = output.shape, output.stride()
-        self._gradients = [(x.shape, x.stride()) for x in gradients]
+        self._output, *self._gradients = (
+            (tuple(x.shape), x.stride(), x.dtype) for x in (output, *gradients)
+        )
         self._views = [*map(_view, (*self._inputs, mask, *gradients))]
         self._known: dict[object, Argument] = {}
         self._run, self._run_backward = _kernels(library)
@@ -75,10 +77,10 @@ class Attention:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
     ) -> Tensor:
-        output = on_huge_pages(query.new_empty_strided(*self._output))
+        output = on_huge_pages(empty_strided(*self._output))
         mask = None if key_mask is None else key_mask.data_ptr()
         places = query.data_ptr(), key.data_ptr(), value.data_ptr(), mask, output.data_ptr()
-        check(self._run(self._sizes(self._output[1], False), *places))
+        check(self._run(self._sizes(None), *places))
         return output
 
     def gradients(
@@ -98,17 +100,17 @@ class Attention:
             )
             return of_copies.gradients(d_output, *inputs, needs)
         found = [
-            on_huge_pages(query.new_empty_strided(*layout)) if needed else None
+            on_huge_pages(empty_strided(*layout)) if needed else None
             for layout, needed in zip(self._gradients, needs, strict=True)
         ]
         given = *inputs, *found, d_output
         places = [None if x is None else x.data_ptr() for x in given]
-        check(self._run_backward(self._sizes(d_output.stride(), True), *places))
+        check(self._run_backward(self._sizes(d_output.stride()), *places))
         return tuple(found)
 
-    def _sizes(self, output: tuple[int, ...], backward: bool) -> Argument:
-        """What a kernel gets beside places; ``output``: strides of the output, or of its gradient."""
-        asked = output, backward, torch.get_num_threads()
+    def _sizes(self, d_output: tuple[int, ...] | None) -> Argument:
+        """What a kernel gets beside places; ``d_output``: strides of the output's gradient, if it is there."""
+        asked = d_output, torch.get_num_threads()
         known = self._known.get(asked)
         if known is None:
             if len(self._known) == _MOST_KNOWN:
@@ -116,7 +118,7 @@ class Attention:
             known = self._known[asked] = self._structure(*asked)
         return known
 
-    def _structure(self, output: tuple[int, ...], backward: bool, threads: int) -> Argument:
+    def _structure(self, d_output: tuple[int, ...] | None, threads: int) -> Argument:
         query, _, value = self._inputs
         batch, heads, queries, key_channels = query.shape
         keys, value_channels = value.shape[2:]
@@ -135,12 +137,13 @@ class Attention:
         )
         sizes = queries, keys, key_channels, value_channels
         # Of equal orders the quadratic one has fewer steps there.
-        if backward:
+        if d_output:
             quadratic = quadratic_gradients_are_cheaper(*sizes)
         else:
             quadratic = quadratic_is_cheaper(*sizes, or_equal=True)
         quadratic = quadratic and not self._linear
-        return ctypes.byref(_Short(*problems, *self._views, View(None, *output), quadratic))
+        output = View(None, *(d_output or self._output[1]))
+        return ctypes.byref(_Short(*problems, *self._views, output, quadratic))
 
 
 def _layout(*inputs: Tensor | None) -> list[tuple[int, ...] | None]:

@@ -5,6 +5,10 @@ Every call asks, so that what an attribute costs is felt: names are bound once.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -17,6 +21,10 @@ _trace = torch._C._get_tracing_state
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_grad_enabled = torch.is_grad_enabled
 _STRIDED = torch.strided
+# What programs by torch.compile ask before each call, and what they allocate by: nothing that PyTorch promises to keep.
+_compiled: Any = sys.modules.get("torch._C._dynamo.guards")
+_guards: Any = getattr(_compiled, "TensorGuards", None)
+_empty_strided_cpu: Any = getattr(_compiled, "_empty_strided_cpu", None)
 
 
 def nobody_watches(*tensors: Tensor) -> bool:
@@ -27,10 +35,9 @@ def nobody_watches(*tensors: Tensor) -> bool:
 def are_plain(*tensors: Tensor) -> bool:
     """Whether these are plain tensors on a CPU, and nobody follows their operators, but perhaps for gradients."""
     if (
-        _is_compiling()
+        is_followed()
         or _is_transformed()
         or _count_modes() > 0
-        or forward_ad._current_level >= 0
         or _is_autocast_enabled("cpu")
         or _trace() is not None
     ):
@@ -46,6 +53,25 @@ def are_plain(*tensors: Tensor) -> bool:
     return True
 
 
+def is_followed() -> bool:
+    """Whether operators are followed in a way that leaves no mark in PyTorch's dispatcher."""
+    return _is_compiling() or forward_ad._current_level >= 0
+
+
+def likeness(*tensors: Tensor) -> Callable[..., bool] | None:
+    """Of plain tensors, the question whether others are alike: plain, and of the same dtypes, shapes and strides.
+
+    Each alike in its need for gradients, too. It takes a fraction of what the questions take one by one, and leaves
+    two: :func:`is_followed`, and whether gradients are recorded at all. ``None`` where PyTorch has no such question.
+    """
+    sizes, strides = [[*x.shape] for x in tensors], [[*x.stride()] for x in tensors]
+    try:
+        guards = _guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    except TypeError:  # there is none, or it takes something else
+        return None
+    return guards.check
+
+
 def records(*tensors: Tensor) -> bool:
     """Whether gradients are recorded for one of them."""
     if _is_grad_enabled():
@@ -53,3 +79,10 @@ def records(*tensors: Tensor) -> bool:
             if x.requires_grad:
                 return True
     return False
+
+
+def empty_strided(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory on a CPU, past the dispatcher."""
+    if _empty_strided_cpu is None:
+        return torch.empty_strided(size, stride, dtype=dtype)
+    return _empty_strided_cpu(size, stride, dtype)

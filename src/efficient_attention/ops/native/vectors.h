@@ -31,6 +31,7 @@ typedef __m256i half; /* LANES bfloat16 */
 #define LOWER_HALVES(x) _mm512_cvtepi32_epi16((__m512i)(x))
 /* Lane i of a, or lane i - LANES of b. */
 #define PICK(a, b, index) _mm512_permutex2var_ps(a, (__m512i)(index), b)
+#define PERMUTE(a, index) _mm512_permutexvar_ps((__m512i)(index), a) /* by the last bits of each index */
 #else
 enum { LANES = 8, ROWS = 4, VECTORS = 2 };
 typedef __m256 vec;
@@ -52,40 +53,47 @@ typedef __m128i half;
 #define PICK(a, b, index)                                                                                \
     _mm256_blendv_ps(_mm256_permutevar8x32_ps(a, (__m256i)(index)),                                      \
                      _mm256_permutevar8x32_ps(b, (__m256i)(index)), (vec)((index) << 28))
+#define PERMUTE(a, index) _mm256_permutevar8x32_ps(a, (__m256i)(index))
 #endif
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 
-/* x 2^n for integers n, which are also the last bits of `shifted`; 0 below about the smallest normal number, as
- * processors may take a hundred times as long for what is smaller. */
+/* 2^(i / LANES), in one register. */
+#ifdef __AVX512F__
+static const float powers[LANES] = {1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                                    1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                                    1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+#else
+static const float powers[LANES] = {1.0f, 1.09050773f, 1.18920712f, 1.29683955f,
+                                    1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f};
+#endif
+
+/* x 2^floor(n) for multiples n of 1 / LANES, which `shifted` counts in its last bits; 0 below about the smallest normal
+ * number, as processors may take a hundred times as long for what is smaller. */
 INLINE vec scaled(vec x, vec n, vec shifted) {
 #ifdef __AVX512F__
     (void)shifted;
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, SPLAT(-125.0f), _CMP_NLT_UQ), x, n);
 #else
-    return (vec)((((uvec)x + ((uvec)shifted << 23)) & ~(uvec)(n < SPLAT(-126.0f))) | (uvec)(n != n));
+    return (vec)((((uvec)x + ((uvec)shifted / LANES << 23)) & ~(uvec)(n < SPLAT(-125.0f))) | (uvec)(n != n));
 #endif
 }
 
-/* exp(x) for x <= 0, to 1e-7 of its value; or, where it is for products of bfloat16, to 6e-6; NaN for NaN. */
+/* exp(x) for x <= 0, to 1e-7 of its value; or, where it is for products of bfloat16, to 2e-6; NaN for NaN. */
 INLINE vec exponential(vec x, const int for_bfloat16) {
-    const vec shifter = SPLAT(12582912.0f); /* 1.5 * 2^23: rounds to an integer */
-    x = MAX(SPLAT(-150.0f), x);
+    /* x = n log(2) + r, for the nearest multiple n of 1 / LANES; this one rounds to such. */
+    const vec shifter = SPLAT(12582912.0f / LANES);
     vec shifted = FMA(x, SPLAT(1.44269504f), shifter), n = shifted - shifter, r, p;
-    /* x - n log(2), and the series of exp, its last coefficients fitted to |r| <= log(2) / 2. */
+    const vec power = PERMUTE(LOAD(powers), shifted);
+    /* (exp(r) - 1) / r, its last coefficient fitted to |r| <= log(2) / (2 LANES). */
     if (for_bfloat16) {
         r = FMA(n, SPLAT(-0.69314718f), x);
-        p = FMA(r, SPLAT(4.127767069e-2f), SPLAT(1.675353130e-1f));
-        p = FMA(p, r, SPLAT(5.000511806e-1f));
+        p = FMA(r, SPLAT(0.5f), SPLAT(1.0f));
     } else {
         /* log(2) is in two parts of which the first has few digits, so that its multiples are exact. */
         r = FMA(n, SPLAT(2.12194440e-4f), FMA(n, SPLAT(-0.693359375f), x));
-        p = FMA(r, SPLAT(1.9875691500e-4f), SPLAT(1.3981999507e-3f));
-        p = FMA(p, r, SPLAT(8.3334519073e-3f));
-        p = FMA(p, r, SPLAT(4.1665795894e-2f));
-        p = FMA(p, r, SPLAT(1.6666665459e-1f));
-        p = FMA(p, r, SPLAT(5.0000001201e-1f));
+        p = FMA(FMA(r, SPLAT(0.16666667f), SPLAT(0.5f + 0.004144f / (LANES * LANES))), r, SPLAT(1.0f));
     }
-    return scaled(FMA(p, r * r, r + SPLAT(1.0f)), n, shifted);
+    return scaled(FMA(power * r, p, power), n, shifted);
 }
 
 /* The nearest bfloat16, ties to even; NaN for NaN. */
