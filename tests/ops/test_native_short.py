@@ -24,8 +24,10 @@ NORMALIZATIONS = ["softmax", "scaling"]
 ORDERS = ["auto", "linear"]
 # B, H, N, M, Dk, Dv for which the quadratic order is the cheaper one, also of the gradients.
 SHORT = [
-    (1, 2, 1, 5, 64, 64),
+    (1, 2, 1, 5, 64, 64),  # few queries, whose channels are in vectors
     (2, 3, 16, 20, 64, 48),
+    (2, 2, 3, 37, 33, 20),  # few again
+    (1, 2, 8, 600, 80, 144),  # and more than one chunk of keys
     (1, 2, 100, 7, 33, 20),
     (1, 1, 64, 64, 128, 128),
     (1, 2, 64, 64, 64, 64),  # as many multiply-adds in both orders
@@ -67,8 +69,9 @@ def test_the_quadratic_order_is_as_precise_as_a_plain_run(
 
 
 @served
-def test_a_query_whose_keys_are_all_masked_gets_nothing_in_the_quadratic_order(kernels):
-    query, key, value = make_inputs(*SHORT[1], dtype=torch.float32)
+@pytest.mark.parametrize("queries", [3, 16])
+def test_a_query_whose_keys_are_all_masked_gets_nothing_in_the_quadratic_order(queries, kernels):
+    query, key, value = make_inputs(2, 3, queries, 20, 64, 48, dtype=torch.float32)
     mask = torch.ones(2, 20, dtype=torch.bool)
     mask[1] = False
     key[1], value[1] = torch.nan, torch.nan
@@ -81,8 +84,11 @@ def test_a_query_whose_keys_are_all_masked_gets_nothing_in_the_quadratic_order(k
 @served
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("order", ORDERS)
-def test_chunks_of_which_all_keys_are_masked_count_for_nothing(order, normalization, kernels):
-    query, key, value = make_inputs(*SHORT[-1], dtype=torch.float32)
+@pytest.mark.parametrize("queries", [1, 9])
+def test_chunks_of_which_all_keys_are_masked_count_for_nothing(
+    queries, order, normalization, kernels
+):
+    query, key, value = make_inputs(1, 2, queries, 600, 64, 48, dtype=torch.float32)
     first = 300
     mask = torch.arange(600).expand(1, 1, -1) >= first
     key[:, :, :first], value[:, :, :first] = torch.nan, torch.nan
@@ -98,10 +104,11 @@ def test_chunks_of_which_all_keys_are_masked_count_for_nothing(order, normalizat
 
 @served
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [1, 9])
 def test_keys_that_grow_by_more_than_exponentials_hold_are_right_in_the_quadratic_order(
-    dtype, kernels
+    queries, dtype, kernels
 ):
-    query, key, value = make_inputs(*SHORT[-1], dtype=dtype)
+    query, key, value = make_inputs(1, 2, queries, 600, 64, 48, dtype=dtype)
     key = (key + torch.linspace(-200, 200, 600).unsqueeze(-1)).to(dtype)
     inputs = query, key, value
     got = attention_results(by("native", "auto"), inputs)

@@ -22,6 +22,9 @@ __all__ = ["DTYPES", "LONGEST", "Attention"]
 
 # Queries and keys, each.
 LONGEST = SHORTEST
+# Exponentials, and as many multiply-adds as take as long, of what one thread has done before others are awake.
+_WORK_OF_ONE_THREAD = 8192
+_MULTIPLY_ADDS = 8
 # Layouts of outputs' gradients that are known for one of the inputs, at most.
 _MOST_KNOWN = 64
 
@@ -123,18 +126,6 @@ class Attention:
         batch, heads, queries, key_channels = query.shape
         keys, value_channels = value.shape[2:]
         chunk = short_chunk_length(key_channels, value_channels)
-        problems = (
-            Problem(
-                *(batch, heads, positions, chunk, 1, key_channels, value_channels, 1),
-                bfloat16=query.dtype == torch.bfloat16,
-                softmax=self.normalization == "softmax",
-                stream=batch * heads * positions * value_channels * query.itemsize
-                > LONGEST_IN_CACHE,
-                # All of the pool, or none of it: what is left over would be ended, and started again for the next.
-                threads=threads if batch * heads > 1 or max(queries, keys) > chunk else 1,
-            )
-            for positions in (keys, queries)
-        )
         sizes = queries, keys, key_channels, value_channels
         # Of equal orders the quadratic one has fewer steps there.
         if d_output:
@@ -142,8 +133,29 @@ class Attention:
         else:
             quadratic = quadratic_is_cheaper(*sizes, or_equal=True)
         quadratic = quadratic and not self._linear
+        cut_up = batch * heads > 1 or max(queries, keys) > chunk
+        # All of the pool, or none of it: what is left over would be ended, and started again for the next.
+        if not cut_up or batch * heads * _work(*sizes) <= _WORK_OF_ONE_THREAD:
+            threads = 1
+        problems = (
+            Problem(
+                *(batch, heads, positions, chunk, 1, key_channels, value_channels, 1),
+                bfloat16=query.dtype == torch.bfloat16,
+                softmax=self.normalization == "softmax",
+                stream=batch * heads * positions * value_channels * query.itemsize
+                > LONGEST_IN_CACHE,
+                threads=threads,
+            )
+            for positions in (keys, queries)
+        )
         output = View(None, *(d_output or self._output[1]))
         return ctypes.byref(_Short(*problems, *self._views, output, quadratic))
+
+
+def _work(queries: int, keys: int, key_channels: int, value_channels: int) -> int:
+    """What a head takes, about, in either order: in the units of ``_WORK_OF_ONE_THREAD``."""
+    multiply_adds = queries * keys * (key_channels + value_channels)
+    return (queries + keys) * key_channels + multiply_adds // _MULTIPLY_ADDS
 
 
 def _layout(*inputs: Tensor | None) -> list[tuple[int, ...] | None]:

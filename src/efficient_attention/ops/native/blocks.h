@@ -125,6 +125,16 @@ INLINE void set_halves(char *p, half first, half second, int stream) {
     else STORE_HALF(p, first), STORE_HALF(p + sizeof(half), second);
 }
 
+/* From (row, column) on, columns of a source that lie in one piece are LANES rows of a block: `count` of them, and then
+ * `fill`. */
+INLINE void turn_into(Block block, int64_t row, int64_t column, Matrix source, const int64_t count, float fill) {
+    vec x[LANES];
+    UNROLL for (int i = 0; i < LANES; i++)
+        x[i] = i < count ? vector(at(source, row, column + i), source.size) : SPLAT(fill);
+    transpose(x);
+    UNROLL for (int i = 0; i < LANES; i++) STORE(row_of(block, row + i) + column, x[i]);
+}
+
 /* block = source, and `fill` around it. */
 INLINE void load(Block block, Matrix source, float fill) {
     const int64_t size = source.size;
@@ -134,14 +144,11 @@ INLINE void load(Block block, Matrix source, float fill) {
         for (int64_t r = 0; r < rows; r++)
             for (int64_t c = 0; c < columns; c += LANES) STORE(row_of(block, r) + c, vector(at(source, r, c), size));
     } else if (source.down == 1) {
-        columns = source.columns / LANES * LANES, rows = source.rows / LANES * LANES;
-        for (int64_t c = 0; c < columns; c += LANES)
-            for (int64_t r = 0; r < rows; r += LANES) {
-                vec x[LANES];
-                UNROLL for (int i = 0; i < LANES; i++) x[i] = vector(at(source, r, c + i), size);
-                transpose(x);
-                UNROLL for (int i = 0; i < LANES; i++) STORE(row_of(block, r + i) + c, x[i]);
-            }
+        columns = padded(source.columns), rows = source.rows / LANES * LANES;
+        const int64_t rest = source.columns % LANES, whole = source.columns - rest;
+        for (int64_t c = 0; c < whole; c += LANES)
+            for (int64_t r = 0; r < rows; r += LANES) turn_into(block, r, c, source, LANES, fill);
+        for (int64_t r = 0; rest && r < rows; r += LANES) turn_into(block, r, whole, source, rest, fill);
     }
     if (rows == block.rows && columns == block.columns) return;
     for (int64_t r = 0; r < source.rows; r++) {

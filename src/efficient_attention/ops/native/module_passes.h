@@ -108,7 +108,7 @@ static void summarize_chunk(const Call *call, int64_t batch, int64_t head, int64
         for (int64_t c = 0; c < (BLOCK - n.count) * width; c++) row_of(keys, n.count)[c] = nothing;
         if (p->softmax) {
             raise_shift(run, keys);
-            weigh(keys, run.shift, run.total, pairs);
+            weigh(keys, keys, run.shift, run.total, pairs);
         } else add_to_total(run.total, keys, pairs);
         add_multiply(pairs, (Left){over_rows(keys, key_words, pairs).data, 1, width}, right, BLOCK, run.sums);
         end_run(context, run, p, chunk, i);
@@ -168,7 +168,7 @@ static void attend_chunk(const Call *call, int64_t batch, int64_t head, int64_t 
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
         multiply(pairs, weight, load_channels(xs, x_words, x, (Matrix){0}, n, pairs), columns, queries);
         add_to_rows(queries, bias, p->key_channels);
-        if (p->softmax) normalize(queries, p->key_channels, p->groups, pairs);
+        if (p->softmax) normalize(queries, p->key_channels, p->groups, NULL, pairs);
         const Block weights = over_rows(queries, query_words, pairs);
         write_product(pairs, weights, context, width, added, output, n, strip, p->stream, x);
     }
@@ -208,7 +208,7 @@ static void attend_backward_chunk(const Call *call, int64_t batch, int64_t head,
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
         multiply(pairs, weight, load_channels(by_channel, x_words, x, everything, n, pairs), columns, weights);
         add_to_rows(weights, bias, p->key_channels);
-        if (p->softmax) normalize(weights, p->key_channels, p->groups, pairs);
+        if (p->softmax) normalize(weights, p->key_channels, p->groups, NULL, pairs);
         const Block d_out = load_channels(by_channel, x_words, d_output, everything, n, pairs);
         multiply(pairs, context, d_out, columns, slope);
         if (p->softmax) pull_back_queries(slope, weights, p->key_channels, p->groups);

@@ -24,7 +24,7 @@ static void over_keys(const Call *call, int64_t batch, int64_t head, int64_t chu
         silence(keys, mask, n, nothing);
         if (p->softmax) {
             raise_shift(run, keys);
-            weigh(keys, run.shift, run.total, pairs);
+            weigh(keys, keys, run.shift, run.total, pairs);
         }
         const Left weights = {over_rows(keys, key_words, pairs).data, 1, width};
         const Block right = load_silenced(values, value_words, value, mask, n, pairs);
@@ -56,7 +56,7 @@ static void over_queries(const Call *call, int64_t batch, int64_t head, int64_t 
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
         queries.columns = filled(n);
         load(queries, flipped(rows_in(query, n)), 0.0f);
-        if (p->softmax) normalize(queries, p->key_channels, p->groups, pairs);
+        if (p->softmax) normalize(queries, p->key_channels, p->groups, NULL, pairs);
         const Block weights = over_rows(queries, query_words, pairs);
         write_product(pairs, weights, context, width, (Matrix){0}, output, n, strip, p->stream, query);
     }
@@ -100,7 +100,7 @@ static void back_over_keys(const Call *call, int64_t batch, int64_t head, int64_
         keys.rows = values.rows = filled(n);
         load(keys, rows_in(key, n), nothing);
         silence(keys, mask, n, nothing);
-        if (p->softmax) weigh(keys, shift, NULL, 0);
+        if (p->softmax) weigh(keys, keys, shift, NULL, 0);
         const Left weights = over_columns(keys, key_words, pairs);
         FOR_STRIPS(r, d_value.data ? n.count : 0, pairs) {
             fetch(key, n, r, n.count);
@@ -145,7 +145,7 @@ static void back_over_queries(const Call *call, int64_t batch, int64_t head, int
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
         weights.columns = slope.columns = d_out.rows = by_channels.columns = filled(n);
         load(weights, flipped(rows_in(query, n)), 0.0f);
-        if (p->softmax) normalize(weights, p->key_channels, p->groups, pairs);
+        if (p->softmax) normalize(weights, p->key_channels, p->groups, NULL, pairs);
         if (summed) {
             const Left left = over_columns(weights, weight_words, pairs);
             const Block right = load_over_rows(d_out, d_out_words, rows_in(d_output, n), pairs);

@@ -42,16 +42,12 @@ static int64_t kept_floats(const Call *call, int backward) {
 }
 
 INLINE Block rows_of(Block x, Span n) { return (Block){row_of(x, n.start), filled(n), x.columns}; }
+INLINE Block only_rows(Block x, Span n) { return (Block){row_of(x, n.start), n.count, x.columns}; }
 
 /* Of all chunks of the keys, what chunk k adds for a block of queries, so many numbers for each. */
 INLINE Block added_by(const Call *call, Block added, int64_t k, Span n, int64_t columns) {
     const int64_t start = k * padded(call->then->p->positions) + n.start;
     return (Block){added.data + start * columns, filled(n), columns};
-}
-
-/* What chunk i of the queries adds for a block of keys. */
-INLINE Block slopes_of(const Call *call, Block slopes, int64_t i, Span m) {
-    return rows_of(slopes, (Span){i * padded(call->p->positions) + m.start, m.count});
 }
 
 INLINE void add_block(Block to, Block x) {
@@ -65,56 +61,54 @@ INLINE void scale_rows(Block x, const float *factors) {
             STORE(row_of(x, r) + c, SPLAT(factors[r]) * LOAD(row_of(x, r) + c));
 }
 
-INLINE void scale_columns(Block x, const float *factors) {
+/* The largest of some columns of x, if it is above the number there. */
+INLINE void raise(const int vectors, int64_t column, Block x, float *largest) {
+    vec most[WIDE];
+    UNROLL for (int j = 0; j < vectors; j++) most[j] = LOAD(largest + column + j * LANES);
     for (int64_t r = 0; r < x.rows; r++)
-        for (int64_t c = 0; c < x.columns; c += LANES)
-            STORE(row_of(x, r) + c, LOAD(factors + c) * LOAD(row_of(x, r) + c));
+        UNROLL for (int j = 0; j < vectors; j++) most[j] = MAX(LOAD(row_of(x, r) + column + j * LANES), most[j]);
+    UNROLL for (int j = 0; j < vectors; j++) STORE(largest + column + j * LANES, most[j]);
 }
 
-/* The largest of each column, if it is above the number there. */
-INLINE void raise(float *largest, Block x) {
-    for (int64_t c = 0; c < x.columns; c += LANES) {
-        vec most = LOAD(largest + c);
-        for (int64_t r = 0; r < x.rows; r++) most = MAX(LOAD(row_of(x, r) + c), most);
-        STORE(largest + c, most);
-    }
+/* Whether blocks of x may be read where they lie, as (Block){., ., x.down}: nothing is to be done to them. */
+INLINE int lies_well(Matrix x, Matrix mask, int64_t columns) {
+    return x.size == 4 && x.across == 1 && x.columns == columns && !mask.data;
 }
 
-/* sums [Dk] += sum_m W slope. */
-INLINE void add_weighted(float *sums, Block weights, Block slope) {
-    for (int64_t c = 0; c < slope.columns; c += LANES) {
-        vec sum = SPLAT(0.0f);
-        for (int64_t r = 0; r < slope.rows; r++)
-            sum = FMA(LOAD(row_of(weights, r) + c), LOAD(row_of(slope, r) + c), sum);
-        STORE(sums + c, LOAD(sums + c) + sum);
-    }
-}
+INLINE Block lying(Matrix x, Span n) { return (Block){(float *)rows_in(x, n).data, n.count, x.down}; }
 
-/* A^T [padded(Dk), .] of a block of queries. */
-INLINE void load_queries(Block weights, Matrix query, Span n, const Problem *p) {
+/* A^T [padded(Dk), .] of a block of queries, each channel multiplied by its factor if there is one. */
+INLINE void load_queries(Block weights, Matrix query, Span n, const float *factors, const Problem *p) {
     load(weights, flipped(rows_in(query, n)), 0.0f);
-    if (p->softmax) normalize(weights, p->key_channels, p->groups, in_pairs(p));
+    if (p->softmax) normalize(weights, p->key_channels, p->groups, factors, in_pairs(p));
+    else if (factors) scale_rows(weights, factors);
 }
 
-/* W of a chunk of the keys, its shift and totals. */
-static void weigh_keys(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+/* W of a chunk of the keys, its shift and totals; blocks are `whole` vectors of keys, or have only those there are. */
+INLINE void weigh_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, const int whole) {
     const Problem *p = call->p;
     const Matrix key = head_of(&call->key, batch, head, p->key_channels, p);
     const Matrix mask = mask_of(&call->mask, batch, head);
     const float nothing = p->softmax ? -INFINITY : 0.0f;
     const Kept kept = kept_of(call);
+    const int there = p->softmax && lies_well(key, mask, kept.weights.columns);
     float *shift = row_of(kept.shifts, chunk), *total = row_of(kept.factors, chunk);
-    (void)scratch;
     for (int64_t c = 0; c < kept.shifts.columns; c++) shift[c] = p->softmax ? -FLT_MAX : 0.0f, total[c] = 0.0f;
     Span m;
     for (int64_t j = 0; (m = block_in(p, chunk, j)).count; j++) {
-        const Block weights = rows_of(kept.weights, m);
-        load(weights, rows_in(key, m), nothing);
-        silence(weights, mask, m, nothing);
-        if (p->softmax) raise(shift, weights);
+        const Block weights = whole ? rows_of(kept.weights, m) : only_rows(kept.weights, m);
+        if (!there) load(weights, rows_in(key, m), nothing), silence(weights, mask, m, nothing);
+        if (p->softmax) FOR_WIDE(raise, weights.columns, there ? lying(key, m) : weights, shift);
     }
-    for (int64_t j = 0; p->softmax && (m = block_in(p, chunk, j)).count; j++)
-        weigh(rows_of(kept.weights, m), shift, total, in_pairs(p));
+    for (int64_t j = 0; p->softmax && (m = block_in(p, chunk, j)).count; j++) {
+        const Block weights = whole ? rows_of(kept.weights, m) : only_rows(kept.weights, m);
+        weigh(weights, there ? lying(key, m) : weights, shift, total, in_pairs(p));
+    }
+}
+
+static void weigh_keys(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
+    (void)scratch;
+    weigh_chunk(call, batch, head, chunk, 1);
 }
 
 /* f = exp(shift - largest shift) / total of all keys, or one over how many there are. */
@@ -157,16 +151,16 @@ static void score(const Call *call, int64_t batch, int64_t head, int64_t piece, 
     Span n, m;
     for (int64_t i = 0; (n = block_in(then->p, chunk, i)).count; i++) {
         queries.columns = scores.columns = sums.rows = filled(n);
-        load_queries(queries, query, n, p);
-        scale_rows(queries, row_of(kept.factors, k));
+        load_queries(queries, query, n, row_of(kept.factors, k), p);
         const Block asking = over_rows(queries, query_words, pairs);
         const Block to = call->chunks > 1 ? added_by(call, kept.added, k, n, columns) : sums;
-        memset(to.data, 0, to.rows * to.columns * 4);
         for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
             scores.rows = values.rows = filled(m);
             multiply(pairs, over_columns(rows_of(kept.weights, m), key_words, pairs), asking, width, scores);
             const Left left = {over_rows(scores, score_words, pairs).data, 1, scores.columns};
-            add_multiply(pairs, left, load_silenced(values, value_words, value, mask, m, pairs), scores.rows, to);
+            const Block right = load_silenced(values, value_words, value, mask, m, pairs);
+            if (j) add_multiply(pairs, left, right, scores.rows, to);
+            else multiply(pairs, left, right, scores.rows, to);
         }
         if (call->chunks == 1) store(to, rows_in(output, n), 0);
     }
@@ -193,161 +187,6 @@ static int quadratic(const Call *call) {
     const Step steps[] = {{weigh_keys, keys}, {compare_chunks, 1}, {score, queries * keys}, {add_scores, queries}};
     const int64_t scratch = BLOCK * (3 * width + 3 * columns + 2 * BLOCK);
     return for_steps(call, steps, keys > 1 ? 4 : 3, kept_floats(call, 0), scratch);
-}
-
-/* A block of the queries, and of gradients of their outputs, in words: (A f)^T and dO^T for sums over channels, A and
- * dO for sums over queries. */
-typedef struct {
-    Block asking, d_out_turned, queries, d_out;
-} Queries;
-
-/* What such a block adds to the gradients of a block of the keys: dS^T A to those of rho_k(K) and S^T dO to those of V,
- * for dS = dO V^T. And d_asking += W^T dS^T, where it has memory. */
-static void back_over_block(const Call *call, const Queries *q, Block weights, Matrix value, Matrix mask, Span m,
-                            Block d_keys, Block d_values, Block d_asking, float *scratch) {
-    const int64_t rows = weights.rows, width = weights.columns, columns = d_values.columns, queries = q->asking.columns;
-    const int pairs = in_pairs(call->p);
-    const Block scores = take(&scratch, rows, queries), score_words = take(&scratch, rows, queries);
-    const Block values = take(&scratch, rows, columns), value_words = take(&scratch, rows, columns);
-    const Block key_words = take(&scratch, rows, width);
-    if (call->d_value.data) {
-        multiply(pairs, over_columns(weights, key_words, pairs), q->asking, width, scores);
-        add_multiply(pairs, over_columns(scores, score_words, pairs), q->d_out, queries, d_values);
-    }
-    if (!call->d_key.data && !d_asking.data) return;
-    load(values, rows_in(value, m), 0.0f);
-    silence(values, mask, m, 0.0f);
-    multiply(pairs, over_columns(values, value_words, pairs), q->d_out_turned, columns, scores);
-    if (call->d_key.data) add_multiply(pairs, over_columns(scores, score_words, pairs), q->queries, queries, d_keys);
-    if (d_asking.data) {
-        const Left back = {over_rows(weights, key_words, pairs).data, 1, width};
-        add_multiply(pairs, back, over_rows(scores, score_words, pairs), rows, d_asking);
-    }
-}
-
-/* d_query of a block, from the slopes of its weights A^T. */
-INLINE void store_queries(Block slope, Block weights, Matrix d_query, Span n, const Problem *p) {
-    if (p->softmax) pull_back_queries(slope, weights, p->key_channels, p->groups);
-    store(slope, flipped(rows_in(d_query, n)), 0);
-}
-
-/* Chunk k of the keys adds to the gradients of A^T [padded(Dk), .]. */
-INLINE Block slope_by(const Call *call, Block added, int64_t k, Span n) {
-    const int64_t width = padded(call->p->key_channels);
-    return (Block){added_by(call, added, k, n, width).data, width, filled(n)};
-}
-
-/* What a chunk of the queries and one of the keys add to each other's gradients. */
-static void score_backward(const Call *call, int64_t batch, int64_t head, int64_t piece, float *scratch) {
-    const Problem *p = call->p;
-    const Call *then = call->then;
-    const int64_t chunk = piece / call->chunks, k = piece % call->chunks;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const Matrix value = head_of(&call->value, batch, head, p->value_channels, p);
-    const Matrix query = head_of(&then->query, batch, head, p->key_channels, then->p);
-    const Matrix d_query = head_of(&then->d_query, batch, head, p->key_channels, then->p);
-    const Matrix d_output = head_of(&then->d_output, batch, head, p->value_channels, then->p);
-    const Matrix mask = mask_of(&call->mask, batch, head);
-    const Kept kept = kept_of(call);
-    const float *factors = row_of(kept.factors, k);
-    const int pairs = in_pairs(p);
-    Block weights = take(&scratch, width, BLOCK), turned = take(&scratch, BLOCK, width);
-    Block asking = take(&scratch, width, BLOCK), slope = take(&scratch, width, BLOCK);
-    Block d_out = take(&scratch, BLOCK, columns), d_out_turned = take(&scratch, columns, BLOCK);
-    const Block turned_words = take(&scratch, BLOCK, width), asking_words = take(&scratch, width, BLOCK);
-    const Block d_out_words = take(&scratch, BLOCK, columns), d_out_turned_words = take(&scratch, columns, BLOCK);
-    Span n, m;
-    for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
-        memset(slopes_of(call, kept.d_keys, chunk, m).data, 0, filled(m) * width * 4);
-        memset(slopes_of(call, kept.d_values, chunk, m).data, 0, filled(m) * columns * 4);
-    }
-    for (int64_t i = 0; (n = block_in(then->p, chunk, i)).count; i++) {
-        turned.rows = d_out.rows = weights.columns = asking.columns = slope.columns = d_out_turned.columns = filled(n);
-        load_queries(weights, query, n, p);
-        load(turned, flipped(matrix(weights.data, width, weights.columns)), 0.0f);
-        memcpy(asking.data, weights.data, width * weights.columns * 4);
-        scale_rows(asking, factors);
-        const Queries q = {
-            .asking = over_rows(asking, asking_words, pairs),
-            .d_out_turned = load_over_rows(d_out_turned, d_out_turned_words, flipped(rows_in(d_output, n)), pairs),
-            .queries = over_rows(turned, turned_words, pairs),
-            .d_out = load_over_rows(d_out, d_out_words, rows_in(d_output, n), pairs),
-        };
-        Block to = call->chunks > 1 ? slope_by(call, kept.added, k, n) : slope;
-        memset(to.data, 0, to.rows * to.columns * 4);
-        if (!d_query.data) to.data = NULL;
-        for (int64_t j = 0; (m = block_in(p, k, j)).count; j++)
-            back_over_block(call, &q, rows_of(kept.weights, m), value, mask, m, slopes_of(call, kept.d_keys, chunk, m),
-                            slopes_of(call, kept.d_values, chunk, m), to, scratch);
-        if (!d_query.data) continue;
-        scale_rows(to, factors);
-        if (call->chunks == 1) store_queries(to, weights, d_query, n, p);
-    }
-}
-
-/* Gradients of a chunk of the queries from what chunks of the keys add to them. */
-static void add_slopes_of_queries(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
-    const Problem *p = call->then->p;
-    const Matrix query = head_of(&call->then->query, batch, head, p->key_channels, p);
-    const Matrix d_query = head_of(&call->then->d_query, batch, head, p->key_channels, p);
-    const Block added = kept_of(call).added;
-    Block weights = take(&scratch, padded(p->key_channels), BLOCK);
-    Span n;
-    for (int64_t i = 0; d_query.data && (n = block_in(p, chunk, i)).count; i++) {
-        FOR_PAIRS(a, b, call->chunks) add_block(slope_by(call, added, a, n), slope_by(call, added, b, n));
-        weights.columns = filled(n);
-        load_queries(weights, query, n, p);
-        store_queries(slope_by(call, added, 0, n), weights, d_query, n, p);
-    }
-}
-
-/* Gradients of values, and slopes of W in a chunk of the keys, from what chunks of the queries add to them. */
-static void add_slopes_of_keys(const Call *call, int64_t batch, int64_t head, int64_t k, float *scratch) {
-    const Problem *p = call->p;
-    const Matrix d_value = head_of(&call->d_value, batch, head, p->value_channels, p);
-    const Kept kept = kept_of(call);
-    (void)scratch;
-    memset(row_of(kept.shifts, k), 0, kept.shifts.columns * 4);
-    Span m;
-    for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
-        const Block slope = slopes_of(call, kept.d_keys, 0, m), d_values = slopes_of(call, kept.d_values, 0, m);
-        FOR_PAIRS(a, b, call->then->chunks) {
-            add_block(slopes_of(call, kept.d_keys, a, m), slopes_of(call, kept.d_keys, b, m));
-            add_block(slopes_of(call, kept.d_values, a, m), slopes_of(call, kept.d_values, b, m));
-        }
-        if (d_value.data) store(d_values, rows_in(d_value, m), 0);
-        scale_columns(slope, row_of(kept.factors, k));
-        add_weighted(row_of(kept.shifts, k), rows_of(kept.weights, m), slope);
-    }
-}
-
-/* Gradients of a chunk of the keys: W (slope - f sum_m W slope), or what scaling has left of the slope. */
-static void weigh_keys_backward(const Call *call, int64_t batch, int64_t head, int64_t k, float *scratch) {
-    const Problem *p = call->p;
-    const Matrix d_key = head_of(&call->d_key, batch, head, p->key_channels, p);
-    const Kept kept = kept_of(call);
-    const Block sums = take(&scratch, 1, kept.shifts.columns);
-    memset(sums.data, 0, sums.columns * 4);
-    for (int64_t i = 0; i < call->chunks; i++) add_block(sums, (Block){row_of(kept.shifts, i), 1, sums.columns});
-    scale_columns(sums, row_of(kept.factors, k));
-    Span m;
-    for (int64_t j = 0; d_key.data && (m = block_in(p, k, j)).count; j++) {
-        const Block slope = slopes_of(call, kept.d_keys, 0, m);
-        if (p->softmax) pull_back_keys(slope, rows_of(kept.weights, m).data, sums.data);
-        store(slope, rows_in(d_key, m), 0);
-    }
-}
-
-static int quadratic_backward(const Call *call) {
-    const int64_t width = padded(call->p->key_channels), columns = padded(call->p->value_channels);
-    const int64_t keys = call->chunks, queries = call->then->chunks;
-    const int wanted = call->d_key.data || call->d_value.data;
-    Step steps[6] = {{weigh_keys, keys}, {compare_chunks, 1}, {score_backward, queries * keys}};
-    int64_t count = 3;
-    if (keys > 1) steps[count++] = (Step){add_slopes_of_queries, queries};
-    if (wanted) steps[count++] = (Step){add_slopes_of_keys, keys}, steps[count++] = (Step){weigh_keys_backward, keys};
-    const int64_t scratch = BLOCK * (7 * width + 6 * columns + 2 * BLOCK);
-    return for_steps(call, steps, count, kept_floats(call, 1), scratch);
 }
 
 #endif

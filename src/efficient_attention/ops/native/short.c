@@ -1,7 +1,8 @@
 /* Efficient attention of short inputs in one call: from queries, keys and values to the output, or from the gradient of
  * that to theirs. Contexts and sums of chunks stay in the cache.
  */
-#include "quadratic.h"
+#include "few.h"
+#include "quadratic_backward.h"
 
 /* Sizes and strides; keys and queries differ in their positions alone. As in native_short.py. */
 typedef struct {
@@ -113,7 +114,8 @@ int efficient_attention(const Short *s, char *query, char *key, char *value, cha
     keys.key.data = key, keys.value.data = value, keys.mask.data = mask;
     queries.output = s->output;
     queries.query.data = query, queries.output.data = output;
-    return s->quadratic ? quadratic(&keys) : linear(&keys);
+    if (!s->quadratic) return linear(&keys);
+    return s->queries.positions <= FEW ? few_queries(&keys) : quadratic(&keys);
 }
 
 /* Its gradients, laid out as the inputs are, and with respect to those for which there is memory. */

@@ -24,16 +24,18 @@ static void raise_shift(Partial x, Block keys) {
     }
 }
 
-/* Keys become weights exp(k - shift), and are added to total, as precise as products take them. */
-static void weigh(Block keys, const float *shift, float *total, int pairs) {
-    for (int64_t c = 0; c < keys.columns; c += LANES) {
+/* Weights exp(k - shift) of keys, which may be the same memory, and 0 in rows that keys do not have. They are added to
+ * total, as precise as products take them. */
+static void weigh(Block weights, Block keys, const float *shift, float *total, int pairs) {
+    for (int64_t c = 0; c < weights.columns; c += LANES) {
         vec of_block = SPLAT(0.0f), by = LOAD(shift + c);
         for (int64_t r = 0; r < keys.rows; r++) {
             vec weight = exponential(LOAD(row_of(keys, r) + c) - by, pairs);
             if (pairs) weight = widened(narrowed(weight));
-            STORE(row_of(keys, r) + c, weight);
+            STORE(row_of(weights, r) + c, weight);
             of_block += weight;
         }
+        for (int64_t r = keys.rows; r < weights.rows; r++) STORE(row_of(weights, r) + c, SPLAT(0.0f));
         if (total) STORE(total + c, LOAD(total + c) + of_block);
     }
 }
@@ -41,14 +43,27 @@ static void weigh(Block keys, const float *shift, float *total, int pairs) {
 /* So many channels are summed in a row, for the rounding. */
 enum { ROW_OF_CHANNELS = 16 };
 
-/* Queries [padded(Dk), .] become their softmax over the channels of each group. */
-static void normalize(Block queries, int64_t channels, int64_t groups, int pairs) {
+/* The largest of so many numbers for each lane; they are `row` apart. */
+INLINE vec largest_of(const float *x, int64_t count, int64_t row) {
+    vec most = LOAD(x), other = most;
+    int64_t c = 1;
+    for (; c + 4 <= count; c += 4) {
+        most = MAX(MAX(LOAD(x + c * row), LOAD(x + (c + 1) * row)), most);
+        other = MAX(MAX(LOAD(x + (c + 2) * row), LOAD(x + (c + 3) * row)), other);
+    }
+    for (; c < count; c++) most = MAX(LOAD(x + c * row), most);
+    return MAX(most, other);
+}
+
+/* Queries [padded(Dk), .] become their softmax over the channels of each group, and these are multiplied by factors, if
+ * there are any. */
+static void normalize(Block queries, int64_t channels, int64_t groups, const float *factors, int pairs) {
     const int64_t size = channels / groups, row = queries.columns;
     for (int64_t first = 0; first < channels; first += size)
         for (int64_t n = 0; n < row; n += LANES) {
             float *x = row_of(queries, first) + n;
-            vec largest = LOAD(x), total = SPLAT(0.0f);
-            for (int64_t c = 1; c < size; c++) largest = MAX(LOAD(x + c * row), largest);
+            const vec largest = largest_of(x, size, row);
+            vec total = SPLAT(0.0f);
             for (int64_t start = 0; start < size; start += ROW_OF_CHANNELS) {
                 vec sum = SPLAT(0.0f);
                 for (int64_t c = start; c < smaller(start + ROW_OF_CHANNELS, size); c++) {
@@ -58,8 +73,9 @@ static void normalize(Block queries, int64_t channels, int64_t groups, int pairs
                 }
                 total += sum;
             }
-            vec by = SPLAT(1.0f) / total;
-            for (int64_t c = 0; c < size; c++) STORE(x + c * row, LOAD(x + c * row) * by);
+            const vec by = SPLAT(1.0f) / total;
+            for (int64_t c = 0; c < size; c++)
+                STORE(x + c * row, LOAD(x + c * row) * by * SPLAT(factors ? factors[first + c] : 1.0f));
         }
 }
 

@@ -57,6 +57,15 @@ typedef __m128i half;
 #endif
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 
+/* f(vectors, column, ...) for all columns, so many vectors of them at a time as keep in registers what each is for. */
+enum { WIDE = 4 };
+#define FOR_WIDE(f, columns, ...)                                                                        \
+    do {                                                                                                 \
+        int64_t wide_c = 0;                                                                              \
+        for (; wide_c + WIDE * LANES <= (columns); wide_c += WIDE * LANES) f(WIDE, wide_c, __VA_ARGS__); \
+        for (; wide_c < (columns); wide_c += LANES) f(1, wide_c, __VA_ARGS__);                           \
+    } while (0)
+
 /* 2^(i / LANES), in one register. */
 #ifdef __AVX512F__
 static const float powers[LANES] = {1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
@@ -127,6 +136,35 @@ INLINE void transpose(vec x[LANES]) {
             x[i + size] = PICK(a, b, to_second);
         }
     }
+}
+
+/* The totals of LANES vectors: halves of ever more of them come together, as above. */
+INLINE vec totals(vec x[LANES]) {
+    uvec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    UNROLL for (int size = 1; size < LANES; size *= 2) {
+        uvec second = (uvec)((lane & size) != 0);
+        uvec to_first = (lane & ~second) | ((lane - size + LANES) & second);
+        uvec to_second = ((lane + size) & ~second) | ((lane + LANES) & second);
+        UNROLL for (int i = 0; i < LANES; i += 2 * size)
+            x[i] = PICK(x[i], x[i + size], to_first) + PICK(x[i], x[i + size], to_second);
+    }
+    return x[0];
+}
+
+/* The total of all lanes, and the largest, in each of them. */
+INLINE vec all_lanes(vec x) {
+    uvec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    UNROLL for (int size = 1; size < LANES; size *= 2) x += PERMUTE(x, lane ^ size);
+    return x;
+}
+
+INLINE vec largest_lane(vec x) {
+    uvec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    UNROLL for (int size = 1; size < LANES; size *= 2) x = MAX(x, PERMUTE(x, lane ^ size));
+    return x;
 }
 
 #endif
