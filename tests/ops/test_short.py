@@ -175,5 +175,5 @@ def test_few_operators_run():
     efficient_attention(*inputs)  # how it is computed is found out once
     with torch.profiler.profile() as profile:
         efficient_attention(*inputs)
-    called = [e for e in profile.events() if e.cpu_parent is None]
-    assert len(called) <= 11, [e.name for e in called]
+    called = [e.name for e in profile.events()]  # by each other, too
+    assert len(called) <= 32, called

@@ -7,51 +7,78 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .layout import is_channel_major, is_token_major
-from .precision import product_dtype
 
 
 def efficient_attention(
-    query: Tensor, key: Tensor, value: Tensor, normalization: str, quadratic: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    normalization: str,
+    quadratic: bool,
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """``rho_q(Q) rho_k(K)^T V``, ``[B, H, N, Dv]``; ``None`` where a channel is without any weight."""
-    order = _quadratic if quadratic else _linear
-    output = order(query, key, value, normalization)
-    # Softmax of a channel without any weight is NaN, at all positions; others know better.
-    first = output.detach().narrow(2, 0, min(1, output.shape[2]))
-    return None if math.isnan(first.sum().item()) else output
+    """``rho_q(Q) rho_k(K)^T V``, ``[B, H, N, Dv]``, products in ``dtype``; ``None`` if a channel has no weight."""
+    batch, heads, queries, _ = query.shape
+    softmax, order = normalization == "softmax", _quadratic if quadratic else _linear
+    output = order(query, key, value, softmax, dtype)
+    if _has_nan(output):
+        return None
+    return _laid_out(_cast(output.view(batch, heads, queries, value.shape[3]), query.dtype), query)
 
 
-def _linear(query: Tensor, key: Tensor, value: Tensor, normalization: str) -> Tensor:
+def _has_nan(output: Tensor) -> bool:
+    """Softmax of a channel without any weight is NaN, at all positions, and so is what its map comes to."""
+    if output.numel() == 0:
+        return False
+    of_each_map = output.detach().as_strided(output.shape[:1], output.stride()[:1])
+    return math.isnan(of_each_map.sum().item())
+
+
+def _linear(query: Tensor, key: Tensor, value: Tensor, softmax: bool, dtype: torch.dtype) -> Tensor:
     # Without names, so that the weights of keys are gone before the output is made.
-    context = _keys(key, normalization).mT @ value.to(product_dtype(key.dtype))
-    attention = _queries(query, normalization)
+    context = torch.bmm(_keys(key, softmax, dtype).mT, _maps(_cast(value, dtype)))
+    attention = _queries(query, softmax, dtype)
     if is_channel_major(query):
-        return (context.mT @ attention.mT).mT.to(query.dtype)
-    return _laid_out(attention @ context, query).to(query.dtype)
+        return torch.bmm(context.mT, attention.mT).mT
+    return torch.bmm(attention, context)
 
 
-def _quadratic(query: Tensor, key: Tensor, value: Tensor, normalization: str) -> Tensor:
-    attention = _queries(query, normalization) @ _keys(key, normalization).mT  # [B, H, N, M]
-    return _laid_out(attention @ value.to(attention.dtype), query).to(query.dtype)
+def _quadratic(
+    query: Tensor, key: Tensor, value: Tensor, softmax: bool, dtype: torch.dtype
+) -> Tensor:
+    attention = torch.bmm(_queries(query, softmax, dtype), _keys(key, softmax, dtype).mT)
+    return torch.bmm(attention, _maps(_cast(value, dtype)))
 
 
-def _keys(key: Tensor, normalization: str) -> Tensor:
-    """``rho_k(K)`` in the dtype of products; the softmax over positions in the order of memory, without a copy."""
-    dtype = product_dtype(key.dtype)
-    if normalization == "scaling":
-        return key.to(dtype) / key.shape[2]
-    return key.mT.softmax(3, dtype).mT if is_channel_major(key) else key.softmax(2, dtype)
+def _keys(key: Tensor, softmax: bool, dtype: torch.dtype) -> Tensor:
+    """``rho_k(K)``, ``[B * H, M, Dk]``; the softmax over positions in the order of memory, without a copy."""
+    if not softmax:
+        return _maps(_cast(key, dtype) / key.shape[2])
+    if is_channel_major(key):
+        return _maps(key.mT.softmax(3, dtype)).mT
+    return _maps(key.softmax(2, dtype))
 
 
-def _queries(query: Tensor, normalization: str) -> Tensor:
-    """``rho_q(Q)`` alike; the softmax over channels."""
-    dtype = product_dtype(query.dtype)
-    if normalization == "scaling":
-        return query.to(dtype)
-    return query.mT.softmax(2, dtype).mT if is_channel_major(query) else query.softmax(3, dtype)
+def _queries(query: Tensor, softmax: bool, dtype: torch.dtype) -> Tensor:
+    """``rho_q(Q)`` alike, ``[B * H, N, Dk]``; the softmax over channels."""
+    if not softmax:
+        return _maps(_cast(query, dtype))
+    if is_channel_major(query):
+        return _maps(query.mT.softmax(2, dtype)).mT
+    return _maps(query.softmax(3, dtype))
+
+
+def _maps(x: Tensor) -> Tensor:
+    """``[B * H, ., .]``: of four dimensions PyTorch would make three for each product."""
+    return x.flatten(0, 1)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _laid_out(output: Tensor, query: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def _way(
     if backend == "native" or mask_layout is not None or not served:
         return None
     quadratic = order == "auto" and quadratic_is_cheaper(*sizes)
-    return functools.partial(_plain, normalization, quadratic)
+    return functools.partial(_plain, normalization, quadratic, product_dtype(query.dtype))
 
 
 def _like(layout: _Layout) -> Tensor:
@@ -129,9 +129,15 @@ def _like(layout: _Layout) -> Tensor:
 
 
 def _plain(
-    normalization: str, quadratic: bool, query: Tensor, key: Tensor, value: Tensor, _: None
+    normalization: str,
+    quadratic: bool,
+    dtype: torch.dtype,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _: None,
 ) -> Tensor | None:
-    return plain.efficient_attention(query, key, value, normalization, quadratic)
+    return plain.efficient_attention(query, key, value, normalization, quadratic, dtype)
 
 
 def _differentiable(
