@@ -154,11 +154,10 @@ def test_gradients_are_recorded_of_a_call_like_one_without():
 
 
 def test_a_call_alike_is_computed_as_the_one_before_and_others_are_not_forgotten():
-    lengths = range(3, 3 + 2 * short._MOST_ASKED)
     for _ in range(2):
-        for length in lengths:
+        for length in range(3, 3 + 2 * watching.Recent.MOST):
             test_values_are_those_of_the_oracle("softmax", (length, 4))
-    assert all(len(known) <= short._MOST_ASKED for known in short._lately.values())
+    assert all(len(recent._kinds) <= recent.MOST for recent in short._lately.values())
 
 
 def test_the_order_is_that_of_the_planner():

@@ -16,13 +16,13 @@ from .huge_pages import on_huge_pages
 from .layout import empty_output
 from .native_calls import DTYPES, LONGEST_IN_CACHE, Argument, Problem, View, check
 from .planner import quadratic_gradients_are_cheaper, quadratic_is_cheaper
-from .watching import empty_strided
+from .watching import Recent, empty_strided
 
 __all__ = ["DTYPES", "LONGEST", "Attention"]
 
 # Queries and keys, each.
 LONGEST = SHORTEST
-# Exponentials, and as many multiply-adds as take as long, of what one thread has done before others are awake.
+# Exponentials, and so many multiply-adds for each of them, of what one thread has done before others are awake.
 _WORK_OF_ONE_THREAD = 8192
 _MULTIPLY_ADDS = 8
 # Layouts of outputs' gradients that are known for one of the inputs, at most.
@@ -75,6 +75,8 @@ class Attention:
         )
         self._views = [*map(_view, (*self._inputs, mask, *gradients))]
         self._known: dict[object, Argument] = {}
+        # Which gradients of outputs have come, with inputs, that nobody watched.
+        self.slopes: Recent[bool] = Recent()
         self._run, self._run_backward = _kernels(library)
 
     def __call__(
@@ -134,8 +136,9 @@ class Attention:
             quadratic = quadratic_is_cheaper(*sizes, or_equal=True)
         quadratic = quadratic and not self._linear
         cut_up = batch * heads > 1 or max(queries, keys) > chunk
+        little = not d_output and batch * heads * _work(*sizes) <= _WORK_OF_ONE_THREAD
         # All of the pool, or none of it: what is left over would be ended, and started again for the next.
-        if not cut_up or batch * heads * _work(*sizes) <= _WORK_OF_ONE_THREAD:
+        if little or not cut_up:
             threads = 1
         problems = (
             Problem(

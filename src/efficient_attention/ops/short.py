@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -17,14 +18,13 @@ from .arguments import canonical_mask
 from .differentiation import pull_back
 from .planner import plain_is_cheaper, quadratic_is_cheaper
 from .precision import DTYPES, product_dtype, without_autocast
-from .watching import are_plain, is_followed, likeness, nobody_watches, records
+from .watching import Recent, are_plain, is_followed, nobody_watches, records
 
 _Layout = tuple[torch.dtype, torch.Size, tuple[int, ...]]
 _Run = Callable[..., Tensor | None]
 
-# How the last calls with the same options were computed, and the question whether tensors are like theirs; so many.
-_lately: dict[object, tuple[tuple[Callable[..., bool], _Run], ...]] = {}
-_MOST_ASKED = 8
+# How the last calls were computed, by their options.
+_lately: defaultdict[object, Recent[_Run]] = defaultdict(Recent)
 
 
 def efficient_attention(
@@ -49,10 +49,10 @@ def efficient_attention(
     ):
         return None
     options = normalization, order, backend, fresh, is_grad_enabled(), native_build.is_preferred()
-    lately = _lately.get(options, ()) if key_mask is None else ()
-    for are_alike, known in lately:
-        if are_alike(query, key, value):
-            return known(query, key, value, None)
+    lately = _lately[options]
+    known = lately.find(query, key, value) if key_mask is None else None
+    if known is not None:
+        return known(query, key, value, None)
     if not are_plain(query, key, value) or (key_mask is not None and not are_plain(key_mask)):
         return None
     recorded = records(query, key, value)
@@ -65,9 +65,8 @@ def efficient_attention(
     )
     if run is None:
         return None
-    like_these = None if key_mask is not None else likeness(query, key, value)
-    if like_these is not None:
-        _lately[options] = ((like_these, run), *lately[: _MOST_ASKED - 1])
+    if key_mask is None:
+        lately.add(run, query, key, value)
     return run(query, key, value, key_mask)
 
 
@@ -161,14 +160,20 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_output):
+        query, key, value, key_mask = ctx.saved_tensors
+        inputs, needs = (query, key, value), ctx.needs_input_grad[1:4]
+        kernels = ctx.kernels
+        unmasked = key_mask is None and not is_grad_enabled() and not is_followed()
+        if unmasked and kernels.slopes.find(d_output, *inputs):
+            return None, *kernels.gradients(d_output, *inputs, None, needs), None
         # Of inputs that nobody had cast, whatever is active by now.
         with without_autocast(d_output.device):
-            query, key, value, key_mask = ctx.saved_tensors
-            inputs, needs = (query, key, value), ctx.needs_input_grad[1:4]
             if nobody_watches(d_output, *inputs):
-                gradients = ctx.kernels.gradients(d_output, *inputs, key_mask, needs)
+                gradients = kernels.gradients(d_output, *inputs, key_mask, needs)
+                if unmasked:
+                    kernels.slopes.add(True, d_output, *inputs)
             else:  # the gradient itself will be differentiated, or is one of many
-                rest = key_mask, ctx.kernels.normalization
+                rest = key_mask, kernels.normalization
                 gradients = pull_back(
                     lambda q, k, v: reference.attend(
                         q, reference.summarize(k, v, *rest)[0], rest[1]

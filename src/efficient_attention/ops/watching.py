@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ _STRIDED = torch.strided
 _compiled: Any = sys.modules.get("torch._C._dynamo.guards")
 _guards: Any = getattr(_compiled, "TensorGuards", None)
 _empty_strided_cpu: Any = getattr(_compiled, "_empty_strided_cpu", None)
+
+_Found = TypeVar("_Found")
 
 
 def nobody_watches(*tensors: Tensor) -> bool:
@@ -70,6 +72,26 @@ def likeness(*tensors: Tensor) -> Callable[..., bool] | None:
     except TypeError:  # there is none, or it takes something else
         return None
     return guards.check
+
+
+class Recent(Generic[_Found]):
+    """What was found out about the last plain tensors, for others like them; of so many kinds."""
+
+    MOST = 8
+
+    def __init__(self) -> None:
+        self._kinds: tuple[tuple[Callable[..., bool], _Found], ...] = ()
+
+    def find(self, *tensors: Tensor) -> _Found | None:
+        for are_alike, found in self._kinds:
+            if are_alike(*tensors):
+                return found
+        return None
+
+    def add(self, found: _Found, *tensors: Tensor) -> None:
+        are_alike = likeness(*tensors)
+        if are_alike is not None:
+            self._kinds = ((are_alike, found), *self._kinds[: self.MOST - 1])
 
 
 def records(*tensors: Tensor) -> bool:
