@@ -136,7 +136,7 @@ class Attention:
             quadratic = quadratic_is_cheaper(*sizes, or_equal=True)
         quadratic = quadratic and not self._linear
         cut_up = batch * heads > 1 or max(queries, keys) > chunk
-        little = not d_output and batch * heads * _work(*sizes) <= _WORK_OF_ONE_THREAD
+        little = batch * heads * _work(*sizes) <= _WORK_OF_ONE_THREAD
         # All of the pool, or none of it: what is left over would be ended, and started again for the next.
         if little or not cut_up:
             threads = 1

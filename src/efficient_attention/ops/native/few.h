@@ -14,7 +14,8 @@ static void weigh_few_keys(const Call *call, int64_t batch, int64_t head, int64_
     weigh_chunk(call, batch, head, chunk, 0);
 }
 
-/* Rows of channels, padded with what has no weight, become their softmax; each channel is multiplied by its factor. */
+/* Rows of channels, padded with what has no weight, become their softmax; each channel is multiplied by its factor, if
+ * there is one. */
 INLINE void normalize_rows(Block queries, const float *factors, int softmax, int pairs) {
     for (int64_t r = 0; r < queries.rows; r++) {
         float *x = row_of(queries, r);
@@ -27,7 +28,8 @@ INLINE void normalize_rows(Block queries, const float *factors, int softmax, int
             total += weight;
         }
         if (softmax) by = SPLAT(1.0f) / all_lanes(total);
-        for (int64_t c = 0; c < queries.columns; c += LANES) STORE(x + c, LOAD(x + c) * by * LOAD(factors + c));
+        for (int64_t c = 0; c < queries.columns; c += LANES)
+            STORE(x + c, LOAD(x + c) * by * (factors ? LOAD(factors + c) : SPLAT(1.0f)));
     }
 }
 
@@ -43,12 +45,13 @@ INLINE void add_parts(const int vectors, int64_t channel, const float *query, Bl
     }
 }
 
-/* scores [keys.rows], with room for whole vectors: the products of a query with each of the keys. */
-INLINE void score_keys(const float *query, Block keys, float *scores) {
+/* scores [keys.rows], with room for whole vectors: the products of a query with each of the keys, whose rows lie
+ * keys.columns apart. */
+INLINE void score_keys(const float *query, int64_t channels, Block keys, float *scores) {
     for (int64_t first = 0; first < keys.rows; first += LANES) {
         const Block some = {row_of(keys, first), smaller(LANES, keys.rows - first), keys.columns};
         float parts[LANES * LANES] __attribute__((aligned(64))) = {0};
-        FOR_WIDE(add_parts, keys.columns, query, some, parts);
+        FOR_WIDE(add_parts, channels, query, some, parts);
         vec x[LANES];
         UNROLL for (int i = 0; i < LANES; i++) x[i] = LOAD(parts + i * LANES);
         STORE(scores + first, totals(x));
@@ -69,7 +72,9 @@ INLINE void add_values(const int vectors, int64_t column, const float *scores, B
     UNROLL for (int j = 0; j < vectors; j++) STORE(to + column + j * LANES, sum[0][j] + sum[1][j]);
 }
 
-INLINE Block loaded(Matrix value, Matrix mask, Span m, Block memory) {
+/* Values of a block where they lie, or in memory. */
+INLINE Block values_of(Matrix value, Matrix mask, Span m, Block memory) {
+    if (lies_well(value, mask, memory.columns)) return lying(value, m);
     memory.rows = m.count;
     load(memory, rows_in(value, m), 0.0f);
     silence(memory, mask, m, 0.0f);
@@ -95,9 +100,9 @@ static void score_few(const Call *call, int64_t batch, int64_t head, int64_t k, 
     memset(to.data, 0, to.rows * to.columns * 4);
     Span m;
     for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
-        const Block values = lies_well(value, mask, columns) ? lying(value, m) : loaded(value, mask, m, memory);
+        const Block values = values_of(value, mask, m, memory);
         for (int64_t i = 0; i < n.count; i++) {
-            score_keys(row_of(queries, i), only_rows(kept.weights, m), scores.data);
+            score_keys(row_of(queries, i), width, only_rows(kept.weights, m), scores.data);
             FOR_WIDE(add_values, columns, scores.data, values, row_of(to, i));
         }
     }

@@ -168,16 +168,21 @@ static void weigh_keys_backward(const Call *call, int64_t batch, int64_t head, i
     }
 }
 
-static int quadratic_backward(const Call *call) {
-    const int64_t width = padded(call->p->key_channels), columns = padded(call->p->value_channels);
+/* Gradients, by what chunks of queries and of keys add to each other's, and then to those of the queries alone. */
+static int gradients_by(const Call *call, Work score, Work add_slopes, int64_t scratch_floats) {
     const int64_t keys = call->chunks, queries = call->then->chunks;
     const int wanted = call->d_key.data || call->d_value.data;
-    Step steps[6] = {{weigh_keys, keys}, {compare_chunks, 1}, {score_backward, queries * keys}};
+    Step steps[6] = {{weigh_keys, keys}, {compare_chunks, 1}, {score, queries * keys}};
     int64_t count = 3;
-    if (keys > 1) steps[count++] = (Step){add_slopes_of_queries, queries};
+    if (keys > 1) steps[count++] = (Step){add_slopes, queries};
     if (wanted) steps[count++] = (Step){add_slopes_of_keys, keys}, steps[count++] = (Step){weigh_keys_backward, keys};
+    return for_steps(call, steps, count, kept_floats(call, 1), scratch_floats);
+}
+
+static int quadratic_backward(const Call *call) {
+    const int64_t width = padded(call->p->key_channels), columns = padded(call->p->value_channels);
     const int64_t scratch = BLOCK * (7 * width + 6 * columns + 2 * BLOCK);
-    return for_steps(call, steps, count, kept_floats(call, 1), scratch);
+    return gradients_by(call, score_backward, add_slopes_of_queries, scratch);
 }
 
 #endif

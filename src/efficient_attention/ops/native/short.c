@@ -1,8 +1,7 @@
 /* Efficient attention of short inputs in one call: from queries, keys and values to the output, or from the gradient of
  * that to theirs. Contexts and sums of chunks stay in the cache.
  */
-#include "few.h"
-#include "quadratic_backward.h"
+#include "few_backward.h"
 
 /* Sizes and strides; keys and queries differ in their positions alone. As in native_short.py. */
 typedef struct {
@@ -127,5 +126,6 @@ int efficient_attention_backward(const Short *s, char *query, char *key, char *v
     keys.d_key.data = d_key, keys.d_value.data = d_value;
     queries.d_output = s->output, queries.d_query = s->d_query;
     queries.query.data = query, queries.d_output.data = d_output, queries.d_query.data = d_query;
-    return s->quadratic ? quadratic_backward(&keys) : linear_backward(&keys);
+    if (!s->quadratic) return linear_backward(&keys);
+    return s->queries.positions <= FEW ? few_queries_backward(&keys) : quadratic_backward(&keys);
 }
