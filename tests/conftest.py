@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from efficient_attention.ops import native_build, native_module_launch, short
+from efficient_attention.ops import native_build, native_module_launch, short, watching
 
 if torch.cuda.is_available():
     # Without it cuBLAS refuses deterministic algorithms.
@@ -25,15 +25,18 @@ def _nothing_built():
 
 
 @pytest.fixture(autouse=True)
-def _fresh_state():
+def _fresh_state(monkeypatch):
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     # What follows from limits that a test may have changed.
     for remembered in (short._way, native_module_launch._plan):
         remembered.cache_clear()
+    short._lately._known.clear()
     # Fills torch.empty with NaN: whatever is returned without having been written shows.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    # That of compiled programs does not know of it.
+    monkeypatch.setattr(watching, "_empty_strided_cpu", None)
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float32)

@@ -86,3 +86,10 @@ def test_tables_of_speed_are_those_of_their_records(page, folder):
     pictures = re.findall(r"!\[.*?\]\((\S+)\)", text)
     assert pictures
     assert all((ROOT / "docs" / picture).exists() for picture in pictures)
+
+
+def test_tables_over_an_entry_are_those_of_their_records():
+    text = (ROOT / "docs" / "native.md").read_text()
+    places = re.findall(r"<!-- record: (\S+) over (\S+) -->", text)
+    assert places
+    assert all(show(read(ROOT / path), base) in text for path, base in places)

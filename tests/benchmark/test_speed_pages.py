@@ -10,7 +10,7 @@ from efficient_attention.benchmark.speed.advice import Findings, crossover_lengt
 from efficient_attention.benchmark.speed.entries import OURS
 from efficient_attention.benchmark.speed.orders import GRID, measure_orders, orders_table
 from efficient_attention.benchmark.speed.problems import Module, Operator
-from efficient_attention.benchmark.speed.tables import speed_tables
+from efficient_attention.benchmark.speed.tables import over_table, speed_tables
 from efficient_attention.benchmark.speed.timing import Effort
 from efficient_attention.cli import main
 from efficient_attention.ops import native_build
@@ -140,6 +140,32 @@ def test_a_document_has_what_its_records_say(record, tmp_path, capsys):
     # The second time it is the same, to the bit.
     main(["bench", "document", str(document)])
     assert (document.read_text(), (folder / "speed" / "some.svg").read_text()) == (text, picture)
+
+
+def test_a_place_may_ask_what_others_take_over_one_of_them(tmp_path, record, capsys):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (tmp_path / "some.json").write_text(json.dumps(record))
+    document = folder / "kernels.md"
+    document.write_text("<!-- record: some.json over SDPA -->\n<!-- end -->\n")
+    assert main(["bench", "document", str(document)]) == 0
+    table = (
+        "| positions; times of SDPA, default / warm | ours | plain | copy |\n|---|--:|--:|--:|\n"
+        "| 64 | 2.00 / 2.00 | 1.82 / 0.91 | 0.20 / 0.20 |\n"
+        "| 65,536 | ≈ 0.00 / ≈ 0.00 | ≈ 0.00 / ≈ 0.00 | ≈ 0.00 / ≈ 0.00 |\n<!-- end -->"
+    )
+    assert table in document.read_text()
+    assert not (folder / "kernels").exists()
+    record["entries"]["copy"]["formula"] = "floor"
+    for case in record["cases"]:
+        case["mode"] = case["allocator"]
+    assert "| positions; times of plain, default / warm | ours | SDPA |" in over_table(
+        record, "plain"
+    )
+    assert "| 64, warm |  / 2.19 |  / 1.10 |" in over_table(record, "plain")
+    document.write_text("<!-- record: some.json over nobody -->\n<!-- end -->\n")
+    assert main(["bench", "document", str(document)]) == 2
+    assert "must have the entry nobody; it has ours, plain" in capsys.readouterr().err
 
 
 def test_a_document_without_a_place_is_told(tmp_path, capsys):

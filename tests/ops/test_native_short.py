@@ -212,6 +212,22 @@ def test_auto_takes_them_for_short_inputs_too(masked, kernels, monkeypatch):
 
 
 @served
+def test_gradients_that_nobody_watched_are_asked_about_once(kernels, monkeypatch):
+    inputs = make_inputs(*SHORT[1], dtype=torch.float32, requires_grad=True)
+
+    def gradients():
+        return torch.autograd.grad(by("native")(*inputs).sum(), inputs)
+
+    gradients()
+    expected = gradients()
+    monkeypatch.setattr("efficient_attention.ops.short.nobody_watches", None)
+    torch.testing.assert_close(gradients(), expected, rtol=0, atol=0)
+    output = by("native")(*inputs).sum()
+    with torch.autocast("cpu"), pytest.raises(TypeError, match="not callable"):
+        torch.autograd.grad(output, inputs)
+
+
+@served
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inputs_of_any_size_and_layout_are_right(dtype, kernels, way):
     generator = random.Random(0)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficient_attention import efficient_attention
@@ -111,35 +113,71 @@ def test_long_problems_and_those_that_somebody_watches_are_left_alone():
         assert watching.nobody_watches(*inputs)
 
 
-def test_likeness_tells_what_is_not_alike():
+def test_what_is_known_is_found_for_tensors_that_are_alike_only():
     inputs = make_inputs(dtype=torch.float32)
-    are_alike = watching.likeness(*inputs)
-    assert are_alike is not None
-    assert are_alike(*inputs)
-    assert are_alike(*map(torch.randn_like, inputs))
+    recent = watching.Recent()
+    assert recent.find("kind", *inputs) is None
+    recent.add("found", "kind", *inputs)
+    assert recent.find("kind", *inputs) == "found"
+    assert recent.find("kind", *map(torch.randn_like, inputs)) == "found"
+    assert recent.find("another", *inputs) is None
     query, *rest = inputs
     for other in (
         query[:, :, 1:],
         query.mT.contiguous().mT,
         query.double(),
         query.to("meta"),
+        query.to_sparse(),
         query.clone().requires_grad_(),
         query.tolist(),
+        query.numpy(),
         None,
         torch.nn.Parameter(query, requires_grad=False),
         torch._neg_view(query),
         torch._efficientzerotensor(query.shape),
+        torch.nested.nested_tensor([query[0]]),
+        torch.nested.nested_tensor([query[0]], layout=torch.jagged),
     ):
-        assert not are_alike(other, *rest)
-    with TorchDispatchMode():
-        assert not are_alike(*inputs)
+        assert recent.find("kind", other, *rest) is None
+        assert recent.find("kind", *rest, other) is None
     with torch.autocast("cpu"):
-        assert not are_alike(*inputs)
-    assert torch.func.vmap(lambda q: torch.tensor(not are_alike(q, *rest)))(query[None])
-    # What it does not tell.
+        assert recent.find("kind", *inputs) is None
+    assert torch.func.vmap(lambda q: torch.tensor(recent.find("kind", q, *rest) is None))(
+        query[None]
+    )
+    # What it leaves to who asks.
     assert not watching.is_followed()
-    with torch.autograd.forward_ad.dual_level():
-        assert watching.is_followed()
+    for follower in (TorchDispatchMode(), FakeTensorMode(), torch.autograd.forward_ad.dual_level()):
+        with follower:
+            assert watching.is_followed()
+    # Of a tensor that comes twice it would never be found again.
+    recent.add("twice", "kind", query, query, query)
+    assert recent.find("kind", query, query, query) is None
+    # Not more kinds than it may know.
+    for kind in range(2 * recent.MOST):
+        recent.add(kind, kind, *inputs)
+    assert recent.find(kind, *inputs) == kind
+    assert len(recent._known) <= recent.MOST
+
+
+def test_programs_are_traced_after_calls_that_were_alike():
+    inputs = make_inputs(dtype=torch.float32)
+    efficient_attention(*inputs)
+    traced = make_fx(lambda q, k, v: efficient_attention(q, k, v))(*inputs)
+    others = [*map(torch.randn_like, inputs)]
+    torch.testing.assert_close(traced(*others), efficient_attention(*others))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(efficient_attention(*inputs), FakeTensor)
+
+
+def test_what_is_known_spares_all_other_questions(monkeypatch):
+    inputs = make_inputs(dtype=torch.float32)
+    expected = served(*inputs)
+    monkeypatch.setattr(short, "are_plain", None)
+    monkeypatch.setattr(short, "_way", None)
+    torch.testing.assert_close(served(*map(torch.clone, inputs)), expected, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="not callable"):
+        served(*make_inputs(2, 3, 5, 6, dtype=torch.float32))
 
 
 def test_gradients_are_recorded_of_a_call_like_one_without():
@@ -153,13 +191,6 @@ def test_gradients_are_recorded_of_a_call_like_one_without():
     assert not served(*inputs).is_inference()
 
 
-def test_a_call_alike_is_computed_as_the_one_before_and_others_are_not_forgotten():
-    for _ in range(2):
-        for length in range(3, 3 + 2 * watching.Recent.MOST):
-            test_values_are_those_of_the_oracle("softmax", (length, 4))
-    assert all(len(recent._kinds) <= recent.MOST for recent in short._lately.values())
-
-
 def test_the_order_is_that_of_the_planner():
     for sizes in ((10, 20, 3, 4), (100, 3, 8, 8), (63, 63, 64, 64), (64, 64, 64, 64)):
         names = ("queries", "keys", "key_channels", "value_channels")
@@ -169,7 +200,8 @@ def test_the_order_is_that_of_the_planner():
 
 
 def test_few_operators_run():
-    # A budget of operators rather than of time: softmax twice, two products, and the search for empty channels.
+    # A budget rather than a time, of operators and what they call: softmax twice, two products and their views, and
+    # the search for empty channels.
     inputs = make_inputs(dtype=torch.float32)
     efficient_attention(*inputs)  # how it is computed is found out once
     with torch.profiler.profile() as profile:

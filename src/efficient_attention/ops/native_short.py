@@ -23,7 +23,7 @@ __all__ = ["DTYPES", "LONGEST", "Attention"]
 # Queries and keys, each.
 LONGEST = SHORTEST
 # Exponentials, and so many multiply-adds for each of them, of what one thread has done before others are awake.
-_WORK_OF_ONE_THREAD = 8192
+_LITTLE = 8192
 _MULTIPLY_ADDS = 8
 # Layouts of outputs' gradients that are known for one of the inputs, at most.
 _MOST_KNOWN = 64
@@ -75,8 +75,8 @@ class Attention:
         )
         self._views = [*map(_view, (*self._inputs, mask, *gradients))]
         self._known: dict[object, Argument] = {}
-        # Which gradients of outputs have come, with inputs, that nobody watched.
-        self.slopes: Recent[bool] = Recent()
+        # Gradients of outputs that have come, with inputs, and nobody watched them.
+        self.unwatched: Recent[bool] = Recent()
         self._run, self._run_backward = _kernels(library)
 
     def __call__(
@@ -136,7 +136,7 @@ class Attention:
             quadratic = quadratic_is_cheaper(*sizes, or_equal=True)
         quadratic = quadratic and not self._linear
         cut_up = batch * heads > 1 or max(queries, keys) > chunk
-        little = batch * heads * _work(*sizes) <= _WORK_OF_ONE_THREAD
+        little = batch * heads * _work(*sizes) <= _LITTLE
         # All of the pool, or none of it: what is left over would be ended, and started again for the next.
         if little or not cut_up:
             threads = 1
@@ -156,7 +156,7 @@ class Attention:
 
 
 def _work(queries: int, keys: int, key_channels: int, value_channels: int) -> int:
-    """What a head takes, about, in either order: in the units of ``_WORK_OF_ONE_THREAD``."""
+    """What a head takes in the quadratic order, which is that of all who have little, in the units of ``_LITTLE``."""
     multiply_adds = queries * keys * (key_channels + value_channels)
     return (queries + keys) * key_channels + multiply_adds // _MULTIPLY_ADDS
 

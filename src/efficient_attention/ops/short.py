@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -23,8 +22,8 @@ from .watching import Recent, are_plain, is_followed, nobody_watches, records
 _Layout = tuple[torch.dtype, torch.Size, tuple[int, ...]]
 _Run = Callable[..., Tensor | None]
 
-# How the last calls were computed, by their options.
-_lately: defaultdict[object, Recent[_Run]] = defaultdict(Recent)
+# How the last calls were computed.
+_lately: Recent[_Run] = Recent()
 
 
 def efficient_attention(
@@ -49,8 +48,7 @@ def efficient_attention(
     ):
         return None
     options = normalization, order, backend, fresh, is_grad_enabled(), native_build.is_preferred()
-    lately = _lately[options]
-    known = lately.find(query, key, value) if key_mask is None else None
+    known = None if key_mask is not None else _lately.find(options, query, key, value)
     if known is not None:
         return known(query, key, value, None)
     if not are_plain(query, key, value) or (key_mask is not None and not are_plain(key_mask)):
@@ -66,7 +64,7 @@ def efficient_attention(
     if run is None:
         return None
     if key_mask is None:
-        lately.add(run, query, key, value)
+        _lately.add(run, options, query, key, value)
     return run(query, key, value, key_mask)
 
 
@@ -163,16 +161,13 @@ class _Kernels(torch.autograd.Function):
         query, key, value, key_mask = ctx.saved_tensors
         inputs, needs = (query, key, value), ctx.needs_input_grad[1:4]
         kernels = ctx.kernels
-        unmasked = key_mask is None and not is_grad_enabled() and not is_followed()
-        if unmasked and kernels.slopes.find(d_output, *inputs):
+        unwatched = kernels.unwatched if key_mask is None and not is_grad_enabled() else None
+        if unwatched is not None and not is_followed() and unwatched.find(None, d_output, *inputs):
             return None, *kernels.gradients(d_output, *inputs, None, needs), None
         # Of inputs that nobody had cast, whatever is active by now.
         with without_autocast(d_output.device):
-            if nobody_watches(d_output, *inputs):
-                gradients = kernels.gradients(d_output, *inputs, key_mask, needs)
-                if unmasked:
-                    kernels.slopes.add(True, d_output, *inputs)
-            else:  # the gradient itself will be differentiated, or is one of many
+            if not nobody_watches(d_output, *inputs):
+                # The gradient itself will be differentiated, or is one of many.
                 rest = key_mask, kernels.normalization
                 gradients = pull_back(
                     lambda q, k, v: reference.attend(
@@ -182,6 +177,10 @@ class _Kernels(torch.autograd.Function):
                     d_output,
                     needs,
                 )
+                return None, *gradients, None
+            gradients = kernels.gradients(d_output, *inputs, key_mask, needs)
+        if unwatched is not None:
+            unwatched.add(True, None, d_output, *inputs)
         return None, *gradients, None
 
 

@@ -5,6 +5,7 @@ Every call asks, so that what an attribute costs is felt: names are bound once.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -21,6 +22,7 @@ _trace = torch._C._get_tracing_state
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_grad_enabled = torch.is_grad_enabled
 _STRIDED = torch.strided
+_shape = operator.attrgetter("shape")
 # What programs by torch.compile ask before each call, and what they allocate by: nothing that PyTorch promises to keep.
 _compiled: Any = sys.modules.get("torch._C._dynamo.guards")
 _guards: Any = getattr(_compiled, "TensorGuards", None)
@@ -36,13 +38,7 @@ def nobody_watches(*tensors: Tensor) -> bool:
 
 def are_plain(*tensors: Tensor) -> bool:
     """Whether these are plain tensors on a CPU, and nobody follows their operators, but perhaps for gradients."""
-    if (
-        is_followed()
-        or _is_transformed()
-        or _count_modes() > 0
-        or _is_autocast_enabled("cpu")
-        or _trace() is not None
-    ):
+    if is_followed() or _is_transformed() or _is_autocast_enabled("cpu") or _trace() is not None:
         return False
     # A subclass or a parameter may be more than its values; a negative view is other than what is in memory; what is
     # sparse has no strides; and zeros that were never written, or one of a batch of gradients
@@ -56,42 +52,45 @@ def are_plain(*tensors: Tensor) -> bool:
 
 
 def is_followed() -> bool:
-    """Whether operators are followed in a way that leaves no mark in PyTorch's dispatcher."""
-    return _is_compiling() or forward_ad._current_level >= 0
-
-
-def likeness(*tensors: Tensor) -> Callable[..., bool] | None:
-    """Of plain tensors, the question whether others are alike: plain, and of the same dtypes, shapes and strides.
-
-    Each alike in its need for gradients, too. It takes a fraction of what the questions take one by one, and leaves
-    two: :func:`is_followed`, and whether gradients are recorded at all. ``None`` where PyTorch has no such question.
-    """
-    sizes, strides = [[*x.shape] for x in tensors], [[*x.stride()] for x in tensors]
-    try:
-        guards = _guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    except TypeError:  # there is none, or it takes something else
-        return None
-    return guards.check
+    """Whether operators are followed in a way that :class:`Recent` does not see."""
+    return _is_compiling() or _count_modes() > 0 or forward_ad._current_level >= 0
 
 
 class Recent(Generic[_Found]):
-    """What was found out about the last plain tensors, for others like them; of so many kinds."""
+    """What was found out about plain tensors, for others that are alike: plain, and of the same dtypes and strides.
 
-    MOST = 8
+    Each alike in its need for gradients, too. That is one question in place of many, and leaves two to who asks:
+    :func:`is_followed`, and whether gradients are recorded at all. The last of one kind, and so many kinds, are known.
+    """
+
+    MOST = 1024
 
     def __init__(self) -> None:
-        self._kinds: tuple[tuple[Callable[..., bool], _Found], ...] = ()
+        self._known: dict[object, tuple[Callable[..., bool], _Found]] = {}
 
-    def find(self, *tensors: Tensor) -> _Found | None:
-        for are_alike, found in self._kinds:
-            if are_alike(*tensors):
-                return found
-        return None
+    def find(self, kind: object, *tensors: Tensor) -> _Found | None:
+        """What is known of ``kind``, which says whatever tensors do not, and of tensors like these."""
+        try:
+            known = self._known.get((kind, *map(_shape, tensors)))
+        except (AttributeError, RuntimeError, TypeError):
+            # No tensor, or a nested one: asked whether that is like others, PyTorch would end the process.
+            return None
+        return None if known is None or not known[0](*tensors) else known[1]
 
-    def add(self, found: _Found, *tensors: Tensor) -> None:
-        are_alike = likeness(*tensors)
-        if are_alike is not None:
-            self._kinds = ((are_alike, found), *self._kinds[: self.MOST - 1])
+    def add(self, found: _Found, kind: object, *tensors: Tensor) -> None:
+        """Know this from now on, of plain tensors, unless PyTorch has no such question, or two of them are the same."""
+        if len({*map(id, tensors)}) < len(tensors):
+            return
+        sizes, strides = [[*x.shape] for x in tensors], [[*x.stride()] for x in tensors]
+        try:
+            are_alike = _guards(
+                *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
+            ).check
+        except (TypeError, AttributeError, RuntimeError):
+            return
+        if len(self._known) == self.MOST:
+            self._known.clear()
+        self._known[(kind, *map(_shape, tensors))] = are_alike, found
 
 
 def records(*tensors: Tensor) -> bool:
@@ -106,5 +105,5 @@ def records(*tensors: Tensor) -> bool:
 def empty_strided(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory on a CPU, past the dispatcher."""
     if _empty_strided_cpu is None:
-        return torch.empty_strided(size, stride, dtype=dtype)
+        return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
     return _empty_strided_cpu(size, stride, dtype)

@@ -12,18 +12,22 @@ from ...errors import InputError
 from ...files import replacing
 from .curves import draw_speed
 from .orders import orders_table
-from .tables import speed_tables
+from .tables import over_table, speed_tables
 
 __all__ = ["fill", "show"]
 
 # A place for a record, and what stands there.
-_PLACE = re.compile(r"(<!-- record: (\S+) -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
+_PLACE = re.compile(
+    r"(<!-- record: (?P<file>\S+)(?: over (?P<base>\S+))? -->\n)(?:.*?\n)??(<!-- end -->)",
+    re.DOTALL,
+)
 
 
 def fill(document: str | Path, *, report: Callable[[str], None] = lambda line: None) -> None:
     """Put into a document what its records say, between ``<!-- record: FILE -->`` and ``<!-- end -->``.
 
-    Curves are drawn into a folder beside it that has its name.
+    Curves are drawn into a folder beside it that has its name. ``<!-- record: FILE over ENTRY -->`` stands for one
+    short table instead, of how many times as long as that entry others take.
 
     Args:
         document: a Markdown file; paths in it are from the folder above its own.
@@ -37,15 +41,15 @@ def fill(document: str | Path, *, report: Callable[[str], None] = lambda line: N
     document = Path(document)
 
     def filled(place: re.Match) -> str:
-        path = document.resolve().parent.parent / place[2]
+        path = document.resolve().parent.parent / place["file"]
         record = json.loads(_read(path))
-        text = show(record)
-        if record["name"] != "orders":
+        text = show(record, place["base"])
+        if record["name"] != "orders" and place["base"] is None:
             picture = document.with_suffix("") / f"{path.stem}.svg"
             draw_speed(record, picture)
             text = f"![Times of ours over positions]({document.stem}/{picture.name})\n\n{text}"
-        report(place[2])
-        return f"{place[1]}{text}\n{place[3]}"
+        report(place["file"])
+        return f"{place[1]}{text}\n{place[4]}"
 
     text, count = _PLACE.subn(filled, _read(document))
     if not count:
@@ -54,8 +58,8 @@ def fill(document: str | Path, *, report: Callable[[str], None] = lambda line: N
         file.write(text.encode())
 
 
-def show(record: Mapping[str, Any]) -> str:
-    """Where a record is from, and its tables."""
+def show(record: Mapping[str, Any], base: str | None = None) -> str:
+    """Where a record is from, and its tables; or the one of what others take over ``base``."""
     here = record["provenance"]
     machine = here["processor"] if record["device"] == "cpu" else record["device"]
     changed = ", with changes" if here["changed"] else ""
@@ -64,7 +68,10 @@ def show(record: Mapping[str, Any]) -> str:
         f"*{machine}, {threads}, torch {here['torch']}, {here['time'][:10]}, "
         f"commit {(here['commit'] or 'unknown')[:12]}{changed}.*"
     )
-    tables = orders_table(record) if record["name"] == "orders" else speed_tables(record)
+    if record["name"] == "orders":
+        tables = orders_table(record)
+    else:
+        tables = speed_tables(record) if base is None else over_table(record, base)
     return f"{origin}\n\n{tables}"
 
 

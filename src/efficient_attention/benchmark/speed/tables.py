@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from ...errors import InputError
 from ...planning.units import in_bytes
 from ..spread import PERCENTILES
 from ..tables import markdown
 from .entries import OURS
 
-__all__ = ["median", "speed_tables"]
+__all__ = ["median", "over_table", "speed_tables"]
 
 _MIDDLE = PERCENTILES.index(50)
 # What cases of one table have in common.
@@ -35,6 +36,71 @@ def speed_tables(record: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, *_remarks(record)])
 
 
+def over_table(record: Mapping[str, Any], base: str) -> str:
+    """How many times as long as one of the entries all others take: a row for each problem, memory left out.
+
+    Args:
+        record: of :func:`~efficient_attention.benchmark.speed.sweep.measure_speed`.
+        base: the entry.
+
+    Returns:
+        A table with a column for each other entry but the floors, and a figure for each setting of the allocator: the
+        quotient of the medians over the rounds of both as shares of ours.
+
+    Raises:
+        InputError: the record has no such entry.
+
+    Not part of the paper.
+    """
+    if base not in record["entries"]:
+        raise InputError(
+            f"a record must have the entry {base}; it has {', '.join(record['entries'])}"
+        )
+    problems: dict[tuple, dict[str, Mapping[str, Any]]] = {}
+    for case in record["cases"]:
+        key = (*(case.get(key) for key in _SHARED), case["positions"], _where(case))
+        problems.setdefault(key, {})[case["allocator"]] = case
+    names = [
+        name
+        for name in _names(record["entries"], record["cases"])
+        if name != base and record["entries"][name].get("formula") != "floor"
+    ]
+    settings = list(dict.fromkeys(case["allocator"] for case in record["cases"]))
+    several = {key for key in _SHARED if len({case.get(key) for case in record["cases"]}) > 1}
+    first = "map" if record["name"] == "module" else "positions"
+    rows = [
+        [
+            ", ".join([_where(case := next(iter(cases.values()))), *_apart(case, several)]),
+            *(
+                " / ".join(_over(cases.get(each), name, base) for each in settings)
+                for name in names
+            ),
+        ]
+        for cases in problems.values()
+    ]
+    return markdown([f"{first}; times of {base}, {' / '.join(settings)}", *names], rows)
+
+
+def _apart(case: Mapping[str, Any], several: Collection[str]) -> list[str]:
+    """What tells a problem from others, in words."""
+    words = [str(case[key]) for key in ("mode", "dtype") if key in several]
+    counted = [key for key in _SHARED if key in several and key not in ("mode", "dtype")]
+    return words + [_counted(case[key], key.replace("_", " ")) for key in counted]
+
+
+def _counted(count: int, plural: str) -> str:
+    return f"{count} {plural.removesuffix('s') if count == 1 else plural}"
+
+
+def _over(case: Mapping[str, Any] | None, name: str, base: str) -> str:
+    entries = {} if case is None else case["entries"]
+    times, of_base = median(entries.get(name, {})), median(entries.get(base, {}))
+    if times is None or of_base is None:
+        return ""
+    computed = any(entries[each].get("computed") for each in (name, base))
+    return f"{'≈ ' if computed else ''}{_two_decimals(times / of_base)}"
+
+
 def median(row: Mapping[str, Any]) -> float | None:
     """Of how many times as long as ours an entry takes, or ``None`` if it was not measured."""
     return row["times_ours"][_MIDDLE] if "times_ours" in row else None
@@ -55,7 +121,7 @@ def _title(case: Mapping[str, Any]) -> str:
         channels = f"{case['channels']} channels, {channels}"
     else:
         channels += " each"
-    heads = f"{case['heads']} head{'s' if case['heads'] > 1 else ''}"
+    heads = _counted(case["heads"], "heads")
     batch = "" if case["batch"] == 1 else f", batch of {case['batch']}"
     return f"{case['mode'].capitalize()}, {case['dtype']}, {heads}, {channels}{batch}"
 
