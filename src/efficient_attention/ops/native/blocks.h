@@ -31,7 +31,8 @@ typedef struct {
     int64_t rows, columns, down, across, size;
 } Matrix;
 
-/* A matrix [rows, columns] in the cache, padded so that both fill whole vectors and tiles. */
+/* A matrix [rows, columns] in the cache, padded so that both fill whole vectors and tiles; of a few of its rows, or of
+ * one that is read in a tensor, `columns` is how far rows are apart. */
 typedef struct {
     float *data;
     int64_t rows, columns;
@@ -119,7 +120,7 @@ INLINE void set_vector(char *p, vec x, int64_t size, int stream) {
     if (size == 2 && !stream) STORE_HALF(p, narrowed(x));
 }
 
-/* Two at once, that lie at a multiple of their size: with AVX-512 a whole line of the caches, past which they may go. */
+/* Two at once, at a multiple of their size: with AVX-512 a whole line of the caches, past which they may go. */
 INLINE void set_halves(char *p, half first, half second, int stream) {
     if (stream) STREAM_HALVES(p, first, second);
     else STORE_HALF(p, first), STORE_HALF(p + sizeof(half), second);
@@ -230,7 +231,7 @@ INLINE void silence_columns(Block block, Matrix mask, Span n, float fill) {
             for (int64_t r = 0; r < block.rows; r++) row_of(block, r)[i] = fill;
 }
 
-/* Ask for a part of the block of positions behind n, as large as `some` is of `all`, to be there when its turn comes. */
+/* Ask for a part of the block of positions behind n, as large as `some` is of `all`, to be there in its turn. */
 INLINE void fetch(Matrix x, Span n, Span some, int64_t all) {
     const int64_t left = x.rows - n.start - BLOCK;
     if (!x.data || left <= 0) return;

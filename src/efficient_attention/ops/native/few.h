@@ -6,8 +6,16 @@
 
 #include "quadratic.h"
 
-/* So many queries, at most, are faster so. */
+/* So many queries, at most. */
 enum { FEW = LANES / 2 };
+
+/* Whether they are faster so. Of many keys, gradients and pairs make more of whole vectors. */
+INLINE int are_few(const Call *call, int backward) {
+    int64_t most = FEW;
+    if (call->p->positions > LANES && backward) most = FEW * 3 / 4;
+    if (call->p->positions > LANES && !backward && in_pairs(call->p)) most = FEW / 2;
+    return call->then->p->positions <= most;
+}
 
 static void weigh_few_keys(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
     (void)scratch;
@@ -85,28 +93,23 @@ INLINE Block values_of(Matrix value, Matrix mask, Span m, Block memory) {
 static void score_few(const Call *call, int64_t batch, int64_t head, int64_t k, float *scratch) {
     const Problem *p = call->p;
     const Call *then = call->then;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const Matrix value = head_of(&call->value, batch, head, p->value_channels, p);
-    const Matrix query = head_of(&then->query, batch, head, p->key_channels, then->p);
-    const Matrix output = head_of(&then->output, batch, head, p->value_channels, then->p);
-    const Matrix mask = mask_of(&call->mask, batch, head);
-    const Kept kept = kept_of(call);
+    const Head h = head_in(call, batch, head);
     const Span n = {0, then->p->positions};
-    const Block queries = take(&scratch, n.count, width), scores = take(&scratch, 1, BLOCK);
-    const Block memory = take(&scratch, BLOCK, columns), sums = take(&scratch, n.count, columns);
-    const Block to = call->chunks > 1 ? added_by(call, kept.added, k, n, columns) : sums;
-    load(queries, query, p->softmax ? -INFINITY : 0.0f);
-    normalize_rows(queries, row_of(kept.factors, k), p->softmax, in_pairs(p));
+    const Block queries = take(&scratch, n.count, h.width), scores = take(&scratch, 1, BLOCK);
+    const Block memory = take(&scratch, BLOCK, h.columns), sums = take(&scratch, n.count, h.columns);
+    const Block to = call->chunks > 1 ? added_by(call, h.kept.added, k, n, h.columns) : sums;
+    load(queries, h.query, p->softmax ? -INFINITY : 0.0f);
+    normalize_rows(queries, row_of(h.kept.factors, k), p->softmax, in_pairs(p));
     memset(to.data, 0, to.rows * to.columns * 4);
     Span m;
     for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
-        const Block values = values_of(value, mask, m, memory);
+        const Block values = values_of(h.value, h.mask, m, memory);
         for (int64_t i = 0; i < n.count; i++) {
-            score_keys(row_of(queries, i), width, only_rows(kept.weights, m), scores.data);
-            FOR_WIDE(add_values, columns, scores.data, values, row_of(to, i));
+            score_keys(row_of(queries, i), h.width, only_rows(h.kept.weights, m), scores.data);
+            FOR_WIDE(add_values, h.columns, scores.data, values, row_of(to, i));
         }
     }
-    if (call->chunks == 1) store(to, output, 0);
+    if (call->chunks == 1) store(to, h.output, 0);
 }
 
 static int few_queries(const Call *call) {

@@ -38,62 +38,56 @@ INLINE void load_few(Block weights, Matrix query, const Problem *p) {
 static void score_few_backward(const Call *call, int64_t batch, int64_t head, int64_t k, float *scratch) {
     const Problem *p = call->p;
     const Call *then = call->then;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const Matrix value = head_of(&call->value, batch, head, p->value_channels, p);
-    const Matrix query = head_of(&then->query, batch, head, p->key_channels, then->p);
-    const Matrix d_query = head_of(&then->d_query, batch, head, p->key_channels, then->p);
-    const Matrix d_output = head_of(&then->d_output, batch, head, p->value_channels, then->p);
-    const Matrix mask = mask_of(&call->mask, batch, head);
-    const Kept kept = kept_of(call);
-    const float *factors = row_of(kept.factors, k);
+    const Head h = head_in(call, batch, head);
+    const float *factors = row_of(h.kept.factors, k);
     const Span n = {0, then->p->positions};
-    const Block weights = take(&scratch, n.count, width), asking = take(&scratch, n.count, width);
-    const Block slope = take(&scratch, n.count, width), d_out = take(&scratch, n.count, columns);
-    const Block scores = take(&scratch, 1, BLOCK), slopes = take(&scratch, 1, BLOCK);
-    const Block memory = take(&scratch, BLOCK, columns);
-    const Block to = call->chunks > 1 ? added_by(call, kept.added, k, n, width) : slope;
-    load_few(weights, query, p);
-    memcpy(asking.data, weights.data, n.count * width * 4);
+    const Block weights = take(&scratch, n.count, h.width), asking = take(&scratch, n.count, h.width);
+    const Block slope = take(&scratch, n.count, h.width), d_out = take(&scratch, n.count, h.columns);
+    const Block scores = take(&scratch, 1, BLOCK), memory = take(&scratch, BLOCK, h.columns);
+    const Block to = call->chunks > 1 ? added_by(call, h.kept.added, k, n, h.width) : slope;
+    load_few(weights, h.query, p);
+    memcpy(asking.data, weights.data, n.count * h.width * 4);
     scale_columns(asking, factors);
-    load(d_out, d_output, 0.0f);
-    memset(to.data, 0, to.rows * width * 4);
+    load(d_out, h.d_output, 0.0f);
+    memset(to.data, 0, to.rows * h.width * 4);
     Span m;
     for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
-        const Block keys = only_rows(kept.weights, m), values = values_of(value, mask, m, memory);
-        Block d_keys = slopes_of(call, kept.d_keys, 0, m), d_values = slopes_of(call, kept.d_values, 0, m);
-        memset(d_keys.data, 0, d_keys.rows * width * 4);
-        memset(d_values.data, 0, d_values.rows * columns * 4);
+        const Block keys = only_rows(h.kept.weights, m), values = values_of(h.value, h.mask, m, memory);
+        Block d_keys = slopes_of(call, h.kept.d_keys, 0, m), d_values = slopes_of(call, h.kept.d_values, 0, m);
+        memset(d_keys.data, 0, d_keys.rows * h.width * 4);
+        memset(d_values.data, 0, d_values.rows * h.columns * 4);
         d_keys.rows = d_values.rows = m.count;
-        for (int64_t i = 0; i < n.count; i++) {
-            score_keys(row_of(asking, i), width, keys, scores.data);
-            score_keys(row_of(d_out, i), columns, values, slopes.data);
-            FOR_WIDE(add_outer, columns, scores.data, row_of(d_out, i), d_values);
-            FOR_WIDE(add_outer, width, slopes.data, row_of(weights, i), d_keys);
-            FOR_WIDE(add_values, width, slopes.data, keys, row_of(to, i));
+        for (int64_t i = 0; call->d_value.data && i < n.count; i++) {
+            score_keys(row_of(asking, i), h.width, keys, scores.data);
+            FOR_WIDE(add_outer, h.columns, scores.data, row_of(d_out, i), d_values);
+        }
+        for (int64_t i = 0; (call->d_key.data || h.d_query.data) && i < n.count; i++) {
+            score_keys(row_of(d_out, i), h.columns, values, scores.data);
+            if (call->d_key.data) FOR_WIDE(add_outer, h.width, scores.data, row_of(weights, i), d_keys);
+            if (h.d_query.data) FOR_WIDE(add_values, h.width, scores.data, keys, row_of(to, i));
         }
     }
     scale_columns(to, factors);
-    if (call->chunks == 1 && d_query.data) store_few(to, weights, d_query, p);
+    if (call->chunks == 1 && h.d_query.data) store_few(to, weights, h.d_query, p);
 }
 
 /* Gradients of the queries from what chunks of the keys add to them. */
 static void add_slopes_of_few(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
     const Problem *p = call->then->p;
-    const Matrix query = head_of(&call->then->query, batch, head, p->key_channels, p);
-    const Matrix d_query = head_of(&call->then->d_query, batch, head, p->key_channels, p);
-    const int64_t width = padded(p->key_channels);
-    const Block added = kept_of(call).added, weights = take(&scratch, p->positions, width);
+    const Head h = head_in(call, batch, head);
+    const Block weights = take(&scratch, p->positions, h.width);
     const Span n = {0, p->positions};
     (void)chunk;
-    if (!d_query.data) return;
-    FOR_PAIRS(a, b, call->chunks) add_block(added_by(call, added, a, n, width), added_by(call, added, b, n, width));
-    load_few(weights, query, p);
-    store_few(added_by(call, added, 0, n, width), weights, d_query, p);
+    if (!h.d_query.data) return;
+    FOR_PAIRS(a, b, call->chunks)
+        add_block(added_by(call, h.kept.added, a, n, h.width), added_by(call, h.kept.added, b, n, h.width));
+    load_few(weights, h.query, p);
+    store_few(added_by(call, h.kept.added, 0, n, h.width), weights, h.d_query, p);
 }
 
 static int few_queries_backward(const Call *call) {
     const int64_t width = padded(call->p->key_channels), columns = padded(call->p->value_channels);
-    const int64_t scratch = FEW * (3 * width + columns) + BLOCK * (columns + 2);
+    const int64_t scratch = FEW * (3 * width + columns) + BLOCK * (columns + 1);
     return gradients_by(call, score_few_backward, add_slopes_of_few, scratch);
 }
 

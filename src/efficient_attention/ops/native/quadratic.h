@@ -41,6 +41,32 @@ static int64_t kept_floats(const Call *call, int backward) {
     return (backward ? row_of(kept.d_values, kept.d_values.rows) : kept.d_keys.data) - first;
 }
 
+/* Matrices of one head, and what it keeps. */
+typedef struct {
+    Matrix query, key, value, mask, output, d_query, d_key, d_value, d_output;
+    Kept kept;
+    int64_t width, columns; /* channels, padded */
+} Head;
+
+INLINE Head head_in(const Call *call, int64_t batch, int64_t head) {
+    const Problem *p = call->p;
+    const Call *then = call->then;
+    return (Head){
+        .query = head_of(&then->query, batch, head, p->key_channels, then->p),
+        .key = head_of(&call->key, batch, head, p->key_channels, p),
+        .value = head_of(&call->value, batch, head, p->value_channels, p),
+        .mask = mask_of(&call->mask, batch, head),
+        .output = head_of(&then->output, batch, head, p->value_channels, then->p),
+        .d_query = head_of(&then->d_query, batch, head, p->key_channels, then->p),
+        .d_key = head_of(&call->d_key, batch, head, p->key_channels, p),
+        .d_value = head_of(&call->d_value, batch, head, p->value_channels, p),
+        .d_output = head_of(&then->d_output, batch, head, p->value_channels, then->p),
+        .kept = kept_of(call),
+        .width = padded(p->key_channels),
+        .columns = padded(p->value_channels),
+    };
+}
+
 INLINE Block rows_of(Block x, Span n) { return (Block){row_of(x, n.start), filled(n), x.columns}; }
 INLINE Block only_rows(Block x, Span n) { return (Block){row_of(x, n.start), n.count, x.columns}; }
 
@@ -87,22 +113,20 @@ INLINE void load_queries(Block weights, Matrix query, Span n, const float *facto
 /* W of a chunk of the keys, its shift and totals; blocks are `whole` vectors of keys, or have only those there are. */
 INLINE void weigh_chunk(const Call *call, int64_t batch, int64_t head, int64_t chunk, const int whole) {
     const Problem *p = call->p;
-    const Matrix key = head_of(&call->key, batch, head, p->key_channels, p);
-    const Matrix mask = mask_of(&call->mask, batch, head);
+    const Head h = head_in(call, batch, head);
     const float nothing = p->softmax ? -INFINITY : 0.0f;
-    const Kept kept = kept_of(call);
-    const int there = p->softmax && lies_well(key, mask, kept.weights.columns);
-    float *shift = row_of(kept.shifts, chunk), *total = row_of(kept.factors, chunk);
-    for (int64_t c = 0; c < kept.shifts.columns; c++) shift[c] = p->softmax ? -FLT_MAX : 0.0f, total[c] = 0.0f;
+    const int there = p->softmax && lies_well(h.key, h.mask, h.kept.weights.columns);
+    float *shift = row_of(h.kept.shifts, chunk), *total = row_of(h.kept.factors, chunk);
+    for (int64_t c = 0; c < h.kept.shifts.columns; c++) shift[c] = p->softmax ? -FLT_MAX : 0.0f, total[c] = 0.0f;
     Span m;
     for (int64_t j = 0; (m = block_in(p, chunk, j)).count; j++) {
-        const Block weights = whole ? rows_of(kept.weights, m) : only_rows(kept.weights, m);
-        if (!there) load(weights, rows_in(key, m), nothing), silence(weights, mask, m, nothing);
-        if (p->softmax) FOR_WIDE(raise, weights.columns, there ? lying(key, m) : weights, shift);
+        const Block weights = whole ? rows_of(h.kept.weights, m) : only_rows(h.kept.weights, m);
+        if (!there) load(weights, rows_in(h.key, m), nothing), silence(weights, h.mask, m, nothing);
+        if (p->softmax) FOR_WIDE(raise, weights.columns, there ? lying(h.key, m) : weights, shift);
     }
     for (int64_t j = 0; p->softmax && (m = block_in(p, chunk, j)).count; j++) {
-        const Block weights = whole ? rows_of(kept.weights, m) : only_rows(kept.weights, m);
-        weigh(weights, there ? lying(key, m) : weights, shift, total, in_pairs(p));
+        const Block weights = whole ? rows_of(h.kept.weights, m) : only_rows(h.kept.weights, m);
+        weigh(weights, there ? lying(h.key, m) : weights, shift, total, in_pairs(p));
     }
 }
 
@@ -136,48 +160,41 @@ static void compare_chunks(const Call *call, int64_t batch, int64_t head, int64_
 static void score(const Call *call, int64_t batch, int64_t head, int64_t piece, float *scratch) {
     const Problem *p = call->p;
     const Call *then = call->then;
+    const Head h = head_in(call, batch, head);
     const int64_t chunk = piece / call->chunks, k = piece % call->chunks;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const Matrix value = head_of(&call->value, batch, head, p->value_channels, p);
-    const Matrix query = head_of(&then->query, batch, head, p->key_channels, then->p);
-    const Matrix output = head_of(&then->output, batch, head, p->value_channels, then->p);
-    const Matrix mask = mask_of(&call->mask, batch, head);
-    const Kept kept = kept_of(call);
     const int pairs = in_pairs(p);
-    Block queries = take(&scratch, width, BLOCK), sums = take(&scratch, BLOCK, columns);
-    Block scores = take(&scratch, BLOCK, BLOCK), values = take(&scratch, BLOCK, columns);
-    const Block query_words = take(&scratch, width, BLOCK), score_words = take(&scratch, BLOCK, BLOCK);
-    const Block key_words = take(&scratch, BLOCK, width), value_words = take(&scratch, BLOCK, columns);
+    Block queries = take(&scratch, h.width, BLOCK), sums = take(&scratch, BLOCK, h.columns);
+    Block scores = take(&scratch, BLOCK, BLOCK), values = take(&scratch, BLOCK, h.columns);
+    const Block query_words = take(&scratch, h.width, BLOCK), score_words = take(&scratch, BLOCK, BLOCK);
+    const Block key_words = take(&scratch, BLOCK, h.width), value_words = take(&scratch, BLOCK, h.columns);
     Span n, m;
     for (int64_t i = 0; (n = block_in(then->p, chunk, i)).count; i++) {
         queries.columns = scores.columns = sums.rows = filled(n);
-        load_queries(queries, query, n, row_of(kept.factors, k), p);
+        load_queries(queries, h.query, n, row_of(h.kept.factors, k), p);
         const Block asking = over_rows(queries, query_words, pairs);
-        const Block to = call->chunks > 1 ? added_by(call, kept.added, k, n, columns) : sums;
+        const Block to = call->chunks > 1 ? added_by(call, h.kept.added, k, n, h.columns) : sums;
         for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
             scores.rows = values.rows = filled(m);
-            multiply(pairs, over_columns(rows_of(kept.weights, m), key_words, pairs), asking, width, scores);
+            multiply(pairs, over_columns(rows_of(h.kept.weights, m), key_words, pairs), asking, h.width, scores);
             const Left left = {over_rows(scores, score_words, pairs).data, 1, scores.columns};
-            const Block right = load_silenced(values, value_words, value, mask, m, pairs);
+            const Block right = load_silenced(values, value_words, h.value, h.mask, m, pairs);
             if (j) add_multiply(pairs, left, right, scores.rows, to);
             else multiply(pairs, left, right, scores.rows, to);
         }
-        if (call->chunks == 1) store(to, rows_in(output, n), 0);
+        if (call->chunks == 1) store(to, rows_in(h.output, n), 0);
     }
 }
 
 /* Outputs of a chunk of the queries from what chunks of the keys add to them. */
 static void add_scores(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
     const Problem *p = call->then->p;
-    const Matrix output = head_of(&call->then->output, batch, head, p->value_channels, p);
-    const Block added = kept_of(call).added;
-    const int64_t columns = padded(p->value_channels);
+    const Head h = head_in(call, batch, head);
     (void)scratch;
     Span n;
     for (int64_t i = 0; (n = block_in(p, chunk, i)).count; i++) {
         FOR_PAIRS(a, b, call->chunks)
-            add_block(added_by(call, added, a, n, columns), added_by(call, added, b, n, columns));
-        store(added_by(call, added, 0, n, columns), rows_in(output, n), 0);
+            add_block(added_by(call, h.kept.added, a, n, h.columns), added_by(call, h.kept.added, b, n, h.columns));
+        store(added_by(call, h.kept.added, 0, n, h.columns), rows_in(h.output, n), 0);
     }
 }
 

@@ -71,100 +71,91 @@ INLINE Block slope_by(const Call *call, Block added, int64_t k, Span n) {
 static void score_backward(const Call *call, int64_t batch, int64_t head, int64_t piece, float *scratch) {
     const Problem *p = call->p;
     const Call *then = call->then;
+    const Head h = head_in(call, batch, head);
     const int64_t chunk = piece / call->chunks, k = piece % call->chunks;
-    const int64_t width = padded(p->key_channels), columns = padded(p->value_channels);
-    const Matrix value = head_of(&call->value, batch, head, p->value_channels, p);
-    const Matrix query = head_of(&then->query, batch, head, p->key_channels, then->p);
-    const Matrix d_query = head_of(&then->d_query, batch, head, p->key_channels, then->p);
-    const Matrix d_output = head_of(&then->d_output, batch, head, p->value_channels, then->p);
-    const Matrix mask = mask_of(&call->mask, batch, head);
-    const Kept kept = kept_of(call);
-    const float *factors = row_of(kept.factors, k);
+    const float *factors = row_of(h.kept.factors, k);
     const int pairs = in_pairs(p);
-    Block weights = take(&scratch, width, BLOCK), turned = take(&scratch, BLOCK, width);
-    Block asking = take(&scratch, width, BLOCK), slope = take(&scratch, width, BLOCK);
-    Block d_out = take(&scratch, BLOCK, columns), d_out_turned = take(&scratch, columns, BLOCK);
-    const Block turned_words = take(&scratch, BLOCK, width), asking_words = take(&scratch, width, BLOCK);
-    const Block d_out_words = take(&scratch, BLOCK, columns), d_out_turned_words = take(&scratch, columns, BLOCK);
+    Block weights = take(&scratch, h.width, BLOCK), turned = take(&scratch, BLOCK, h.width);
+    Block asking = take(&scratch, h.width, BLOCK), slope = take(&scratch, h.width, BLOCK);
+    Block d_out = take(&scratch, BLOCK, h.columns), d_out_turned = take(&scratch, h.columns, BLOCK);
+    const Block turned_words = take(&scratch, BLOCK, h.width), asking_words = take(&scratch, h.width, BLOCK);
+    const Block d_out_words = take(&scratch, BLOCK, h.columns), d_out_turned_words = take(&scratch, h.columns, BLOCK);
     Span n, m;
     for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
-        memset(slopes_of(call, kept.d_keys, chunk, m).data, 0, filled(m) * width * 4);
-        memset(slopes_of(call, kept.d_values, chunk, m).data, 0, filled(m) * columns * 4);
+        memset(slopes_of(call, h.kept.d_keys, chunk, m).data, 0, filled(m) * h.width * 4);
+        memset(slopes_of(call, h.kept.d_values, chunk, m).data, 0, filled(m) * h.columns * 4);
     }
     for (int64_t i = 0; (n = block_in(then->p, chunk, i)).count; i++) {
         turned.rows = d_out.rows = weights.columns = asking.columns = slope.columns = d_out_turned.columns = filled(n);
-        load_queries(weights, query, n, NULL, p);
-        load(turned, flipped(matrix(weights.data, width, weights.columns)), 0.0f);
-        memcpy(asking.data, weights.data, width * weights.columns * 4);
+        load_queries(weights, h.query, n, NULL, p);
+        load(turned, flipped(matrix(weights.data, h.width, weights.columns)), 0.0f);
+        memcpy(asking.data, weights.data, h.width * weights.columns * 4);
         scale_rows(asking, factors);
         const Queries q = {
             .asking = over_rows(asking, asking_words, pairs),
-            .d_out_turned = load_over_rows(d_out_turned, d_out_turned_words, flipped(rows_in(d_output, n)), pairs),
+            .d_out_turned = load_over_rows(d_out_turned, d_out_turned_words, flipped(rows_in(h.d_output, n)), pairs),
             .queries = over_rows(turned, turned_words, pairs),
-            .d_out = load_over_rows(d_out, d_out_words, rows_in(d_output, n), pairs),
+            .d_out = load_over_rows(d_out, d_out_words, rows_in(h.d_output, n), pairs),
         };
-        Block to = call->chunks > 1 ? slope_by(call, kept.added, k, n) : slope;
+        Block to = call->chunks > 1 ? slope_by(call, h.kept.added, k, n) : slope;
         memset(to.data, 0, to.rows * to.columns * 4);
-        if (!d_query.data) to.data = NULL;
+        if (!h.d_query.data) to.data = NULL;
         for (int64_t j = 0; (m = block_in(p, k, j)).count; j++)
-            back_over_block(call, &q, rows_of(kept.weights, m), value, mask, m, slopes_of(call, kept.d_keys, chunk, m),
-                            slopes_of(call, kept.d_values, chunk, m), to, scratch);
-        if (!d_query.data) continue;
+            back_over_block(call, &q, rows_of(h.kept.weights, m), h.value, h.mask, m,
+                            slopes_of(call, h.kept.d_keys, chunk, m), slopes_of(call, h.kept.d_values, chunk, m), to,
+                            scratch);
+        if (!h.d_query.data) continue;
         scale_rows(to, factors);
-        if (call->chunks == 1) store_queries(to, weights, d_query, n, p);
+        if (call->chunks == 1) store_queries(to, weights, h.d_query, n, p);
     }
 }
 
 /* Gradients of a chunk of the queries from what chunks of the keys add to them. */
 static void add_slopes_of_queries(const Call *call, int64_t batch, int64_t head, int64_t chunk, float *scratch) {
     const Problem *p = call->then->p;
-    const Matrix query = head_of(&call->then->query, batch, head, p->key_channels, p);
-    const Matrix d_query = head_of(&call->then->d_query, batch, head, p->key_channels, p);
-    const Block added = kept_of(call).added;
+    const Head h = head_in(call, batch, head);
     Block weights = take(&scratch, padded(p->key_channels), BLOCK);
     Span n;
-    for (int64_t i = 0; d_query.data && (n = block_in(p, chunk, i)).count; i++) {
-        FOR_PAIRS(a, b, call->chunks) add_block(slope_by(call, added, a, n), slope_by(call, added, b, n));
+    for (int64_t i = 0; h.d_query.data && (n = block_in(p, chunk, i)).count; i++) {
+        FOR_PAIRS(a, b, call->chunks) add_block(slope_by(call, h.kept.added, a, n), slope_by(call, h.kept.added, b, n));
         weights.columns = filled(n);
-        load_queries(weights, query, n, NULL, p);
-        store_queries(slope_by(call, added, 0, n), weights, d_query, n, p);
+        load_queries(weights, h.query, n, NULL, p);
+        store_queries(slope_by(call, h.kept.added, 0, n), weights, h.d_query, n, p);
     }
 }
 
 /* Gradients of values, and slopes of W in a chunk of the keys, from what chunks of the queries add to them. */
 static void add_slopes_of_keys(const Call *call, int64_t batch, int64_t head, int64_t k, float *scratch) {
     const Problem *p = call->p;
-    const Matrix d_value = head_of(&call->d_value, batch, head, p->value_channels, p);
-    const Kept kept = kept_of(call);
+    const Head h = head_in(call, batch, head);
     (void)scratch;
-    memset(row_of(kept.shifts, k), 0, kept.shifts.columns * 4);
+    memset(row_of(h.kept.shifts, k), 0, h.kept.shifts.columns * 4);
     Span m;
     for (int64_t j = 0; (m = block_in(p, k, j)).count; j++) {
-        const Block slope = slopes_of(call, kept.d_keys, 0, m), d_values = slopes_of(call, kept.d_values, 0, m);
+        const Block slope = slopes_of(call, h.kept.d_keys, 0, m), d_values = slopes_of(call, h.kept.d_values, 0, m);
         FOR_PAIRS(a, b, call->then->chunks) {
-            add_block(slopes_of(call, kept.d_keys, a, m), slopes_of(call, kept.d_keys, b, m));
-            add_block(slopes_of(call, kept.d_values, a, m), slopes_of(call, kept.d_values, b, m));
+            add_block(slopes_of(call, h.kept.d_keys, a, m), slopes_of(call, h.kept.d_keys, b, m));
+            add_block(slopes_of(call, h.kept.d_values, a, m), slopes_of(call, h.kept.d_values, b, m));
         }
-        if (d_value.data) store(d_values, rows_in(d_value, m), 0);
-        scale_columns(slope, row_of(kept.factors, k));
-        add_weighted(row_of(kept.shifts, k), rows_of(kept.weights, m), slope);
+        if (h.d_value.data) store(d_values, rows_in(h.d_value, m), 0);
+        scale_columns(slope, row_of(h.kept.factors, k));
+        add_weighted(row_of(h.kept.shifts, k), rows_of(h.kept.weights, m), slope);
     }
 }
 
 /* Gradients of a chunk of the keys: W (slope - f sum_m W slope), or what scaling has left of the slope. */
 static void weigh_keys_backward(const Call *call, int64_t batch, int64_t head, int64_t k, float *scratch) {
     const Problem *p = call->p;
-    const Matrix d_key = head_of(&call->d_key, batch, head, p->key_channels, p);
-    const Kept kept = kept_of(call);
-    const Block sums = take(&scratch, 1, kept.shifts.columns);
+    const Head h = head_in(call, batch, head);
+    const Block sums = take(&scratch, 1, h.kept.shifts.columns);
     memset(sums.data, 0, sums.columns * 4);
-    for (int64_t i = 0; i < call->chunks; i++) add_block(sums, (Block){row_of(kept.shifts, i), 1, sums.columns});
-    scale_columns(sums, row_of(kept.factors, k));
+    for (int64_t i = 0; i < call->chunks; i++) add_block(sums, (Block){row_of(h.kept.shifts, i), 1, sums.columns});
+    scale_columns(sums, row_of(h.kept.factors, k));
     Span m;
-    for (int64_t j = 0; d_key.data && (m = block_in(p, k, j)).count; j++) {
-        const Block slope = slopes_of(call, kept.d_keys, 0, m);
-        if (p->softmax) pull_back_keys(slope, rows_of(kept.weights, m).data, sums.data);
-        store(slope, rows_in(d_key, m), 0);
+    for (int64_t j = 0; h.d_key.data && (m = block_in(p, k, j)).count; j++) {
+        const Block slope = slopes_of(call, h.kept.d_keys, 0, m);
+        if (p->softmax) pull_back_keys(slope, rows_of(h.kept.weights, m).data, sums.data);
+        store(slope, rows_in(h.d_key, m), 0);
     }
 }
 

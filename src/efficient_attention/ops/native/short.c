@@ -114,7 +114,7 @@ int efficient_attention(const Short *s, char *query, char *key, char *value, cha
     queries.output = s->output;
     queries.query.data = query, queries.output.data = output;
     if (!s->quadratic) return linear(&keys);
-    return s->queries.positions <= FEW ? few_queries(&keys) : quadratic(&keys);
+    return are_few(&keys, 0) ? few_queries(&keys) : quadratic(&keys);
 }
 
 /* Its gradients, laid out as the inputs are, and with respect to those for which there is memory. */
@@ -127,5 +127,5 @@ int efficient_attention_backward(const Short *s, char *query, char *key, char *v
     queries.d_output = s->output, queries.d_query = s->d_query;
     queries.query.data = query, queries.d_output.data = d_output, queries.d_query.data = d_query;
     if (!s->quadratic) return linear_backward(&keys);
-    return s->queries.positions <= FEW ? few_queries_backward(&keys) : quadratic_backward(&keys);
+    return are_few(&keys, 1) ? few_queries_backward(&keys) : quadratic_backward(&keys);
 }

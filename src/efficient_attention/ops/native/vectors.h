@@ -87,7 +87,8 @@ INLINE vec scaled(vec x, vec n, vec shifted) {
 #endif
 }
 
-/* exp(x) for x <= 0, to 1e-7 of its value; or, where it is for products of bfloat16, to 2e-6; NaN for NaN. */
+/* exp(x) for x <= 0, to 1e-7 of its value; or, where it is for products of bfloat16, which 16 lanes alone have, to
+ * 2e-6; NaN for NaN. */
 INLINE vec exponential(vec x, const int for_bfloat16) {
     /* x = n log(2) + r, for the nearest multiple n of 1 / LANES; this one rounds to such. */
     const vec shifter = SPLAT(12582912.0f / LANES);
@@ -121,49 +122,46 @@ INLINE vec widened(half x) { return (vec)((uvec)EXTENDED(x) << 16); }
 /* Words of which the first half is of `first`, and the second of `second`. */
 INLINE vec paired(half first, half second) { return (vec)((uvec)EXTENDED(first) | (uvec)EXTENDED(second) << 16); }
 
-/* Rows of a matrix [LANES, LANES] become its columns: ever larger blocks beside the diagonal change places. */
-INLINE void transpose(vec x[LANES]) {
+/* 0, 1, 2, ... */
+INLINE uvec lanes(void) {
     uvec lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
-    UNROLL for (int size = 1; size < LANES; size *= 2) {
-        uvec second = (uvec)((lane & size) != 0);
-        uvec to_first = (lane & ~second) | ((lane - size + LANES) & second);
-        uvec to_second = ((lane + size) & ~second) | ((lane + LANES) & second);
-        UNROLL for (int i = 0; i < LANES; i++) {
-            if (i & size) continue;
-            vec a = x[i], b = x[i + size];
-            x[i] = PICK(a, b, to_first);
-            x[i + size] = PICK(a, b, to_second);
-        }
-    }
+    return lane;
 }
 
-/* The totals of LANES vectors: halves of ever more of them come together, as above. */
+/* Of two rows of a matrix, blocks of so many columns: what lies beside the diagonal of (a, b) changes places. */
+INLINE void exchange(int size, vec *a, vec *b) {
+    const uvec lane = lanes(), second = (uvec)((lane & size) != 0);
+    const vec x = *a, y = *b;
+    *a = PICK(x, y, (lane & ~second) | ((lane - size + LANES) & second));
+    *b = PICK(x, y, ((lane + size) & ~second) | ((lane + LANES) & second));
+}
+
+/* Rows of a matrix [LANES, LANES] become its columns: ever larger blocks beside the diagonal change places. */
+INLINE void transpose(vec x[LANES]) {
+    UNROLL for (int size = 1; size < LANES; size *= 2)
+        UNROLL for (int i = 0; i < LANES; i++)
+            if (!(i & size)) exchange(size, x + i, x + i + size);
+}
+
+/* The totals of LANES vectors: the same, but that what has changed places is added up. */
 INLINE vec totals(vec x[LANES]) {
-    uvec lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
-    UNROLL for (int size = 1; size < LANES; size *= 2) {
-        uvec second = (uvec)((lane & size) != 0);
-        uvec to_first = (lane & ~second) | ((lane - size + LANES) & second);
-        uvec to_second = ((lane + size) & ~second) | ((lane + LANES) & second);
-        UNROLL for (int i = 0; i < LANES; i += 2 * size)
-            x[i] = PICK(x[i], x[i + size], to_first) + PICK(x[i], x[i + size], to_second);
-    }
+    UNROLL for (int size = 1; size < LANES; size *= 2)
+        UNROLL for (int i = 0; i < LANES; i += 2 * size) {
+            exchange(size, x + i, x + i + size);
+            x[i] += x[i + size];
+        }
     return x[0];
 }
 
 /* The total of all lanes, and the largest, in each of them. */
 INLINE vec all_lanes(vec x) {
-    uvec lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
-    UNROLL for (int size = 1; size < LANES; size *= 2) x += PERMUTE(x, lane ^ size);
+    UNROLL for (int size = 1; size < LANES; size *= 2) x += PERMUTE(x, lanes() ^ size);
     return x;
 }
 
 INLINE vec largest_lane(vec x) {
-    uvec lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
-    UNROLL for (int size = 1; size < LANES; size *= 2) x = MAX(x, PERMUTE(x, lane ^ size));
+    UNROLL for (int size = 1; size < LANES; size *= 2) x = MAX(x, PERMUTE(x, lanes() ^ size));
     return x;
 }
 
