@@ -152,8 +152,11 @@ def test_inputs_may_be_saved_elsewhere_for_the_backward_pass(order, kernels):
 @served
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:])
 @pytest.mark.parametrize("order", ORDERS)
-def test_only_gradients_of_short_inputs_that_are_asked_for_are_there(order, needs, kernels):
-    inputs = make_inputs(*SHORT[1], dtype=torch.float32)
+@pytest.mark.parametrize("queries", [2, 16])
+def test_only_gradients_of_short_inputs_that_are_asked_for_are_there(
+    queries, order, needs, kernels
+):
+    inputs = make_inputs(2, 3, queries, 20, 64, 48, dtype=torch.float32)
     whole = attention_results(by("native", order), inputs)[1:]
     leaves = [x.detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True)]
     output = by("native", order)(*leaves)
