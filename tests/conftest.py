@@ -6,7 +6,13 @@ import os
 import pytest
 import torch
 
-from efficient_attention.ops import native_build, native_module_launch, short, watching
+from efficient_attention.ops import (
+    native_build,
+    native_module_launch,
+    native_short,
+    short,
+    watching,
+)
 
 if torch.cuda.is_available():
     # Without it cuBLAS refuses deterministic algorithms.
@@ -36,7 +42,7 @@ def _fresh_state(monkeypatch):
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     # That of compiled programs does not know of it.
-    monkeypatch.setattr(watching, "_empty_strided_cpu", None)
+    monkeypatch.setattr(native_short, "empty_strided", watching._empty_strided)
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float32)

@@ -30,7 +30,7 @@ def test_large_results_and_no_others_are_on_large_pages():
     key = torch.randn(1, 1, 20, 8)
     memory = summarize(key, torch.randn(1, 1, 20, 64))
     large = attend(torch.randn(1, 1, 200_000, 8), memory)
-    assert large.nbytes >= huge_pages._SMALLEST
+    assert large.nbytes >= huge_pages.SMALLEST
     middle = large.data_ptr() + large.nbytes // 2
     assert "hg" in flags(middle)
     small = attend(torch.randn(1, 1, 20_000, 8), memory)
@@ -42,7 +42,7 @@ def test_large_results_and_no_others_are_on_large_pages():
 def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     huge_pages._advise.cache_clear()
-    x = torch.empty(huge_pages._SMALLEST, dtype=torch.uint8)
+    x = torch.empty(huge_pages.SMALLEST, dtype=torch.uint8)
     assert huge_pages.on_huge_pages(x) is x
     assert huge_pages._advise() is None
     huge_pages._advise.cache_clear()

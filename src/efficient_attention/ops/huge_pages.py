@@ -20,13 +20,13 @@ from torch import Tensor
 
 # From here on the C library gets memory for a tensor from the system, and gives it back with the tensor; what is asked
 # for concerns nothing else.
-_SMALLEST = 32 << 20
+SMALLEST = 32 << 20
 _ADVICE = 14  # MADV_HUGEPAGE
 
 
 def on_huge_pages(x: Tensor) -> Tensor:
     """``x``, of which nothing has been written yet, on large pages if it is large, on a CPU, and the system has any."""
-    if type(x) is Tensor and x.is_cpu and x.nbytes >= _SMALLEST and not _has_long_rows(x):
+    if type(x) is Tensor and x.is_cpu and x.nbytes >= SMALLEST and not _has_long_rows(x):
         advise = _advise()
         if advise is not None:
             start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

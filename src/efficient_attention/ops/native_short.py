@@ -9,10 +9,10 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from .chunks import SHORTEST, short_chunk_length
-from .huge_pages import on_huge_pages
+from .huge_pages import SMALLEST, on_huge_pages
 from .layout import empty_output
 from .native_calls import DTYPES, LONGEST_IN_CACHE, Argument, Problem, View, check
 from .planner import quadratic_gradients_are_cheaper, quadratic_is_cheaper
@@ -73,6 +73,7 @@ class Attention:
         self._output, *self._gradients = (
             (tuple(x.shape), x.stride(), x.dtype) for x in (output, *gradients)
         )
+        self._is_large = output.nbytes >= SMALLEST
         self._views = [*map(_view, (*self._inputs, mask, *gradients))]
         self._known: dict[object, Argument] = {}
         # Gradients of outputs that have come, with inputs, and nobody watched them.
@@ -82,10 +83,12 @@ class Attention:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
     ) -> Tensor:
-        output = on_huge_pages(empty_strided(*self._output))
+        output = empty_strided(*self._output)
+        if self._is_large:
+            on_huge_pages(output)
         mask = None if key_mask is None else key_mask.data_ptr()
         places = query.data_ptr(), key.data_ptr(), value.data_ptr(), mask, output.data_ptr()
-        check(self._run(self._sizes(None), *places))
+        check(self._run(self._known.get((None, get_num_threads())) or self._sizes(None), *places))
         return output
 
     def gradients(
@@ -115,7 +118,7 @@ class Attention:
 
     def _sizes(self, d_output: tuple[int, ...] | None) -> Argument:
         """What a kernel gets beside places; ``d_output``: strides of the output's gradient, if it is there."""
-        asked = d_output, torch.get_num_threads()
+        asked = d_output, get_num_threads()
         known = self._known.get(asked)
         if known is None:
             if len(self._known) == _MOST_KNOWN:

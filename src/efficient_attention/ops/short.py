@@ -41,16 +41,14 @@ def efficient_attention(
 
     ``fresh``: whether the caller wants new memory. Where he has his own, the kernels of long inputs write into it.
     """
-    if (
-        order not in ("auto", "linear")
-        or normalization not in ("softmax", "scaling")
-        or is_followed()
-    ):
+    if is_followed():
         return None
     options = normalization, order, backend, fresh, is_grad_enabled(), native_build.is_preferred()
     known = None if key_mask is not None else _lately.find(options, query, key, value)
     if known is not None:
         return known(query, key, value, None)
+    if order not in ("auto", "linear") or normalization not in ("softmax", "scaling"):
+        return None
     if not are_plain(query, key, value) or (key_mask is not None and not are_plain(key_mask)):
         return None
     recorded = records(query, key, value)

@@ -26,9 +26,16 @@ _shape = operator.attrgetter("shape")
 # What programs by torch.compile ask before each call, and what they allocate by: nothing that PyTorch promises to keep.
 _compiled: Any = sys.modules.get("torch._C._dynamo.guards")
 _guards: Any = getattr(_compiled, "TensorGuards", None)
-_empty_strided_cpu: Any = getattr(_compiled, "_empty_strided_cpu", None)
 
 _Found = TypeVar("_Found")
+
+
+def _empty_strided(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+
+
+#: Memory on a CPU, ``(size, stride, dtype)``, past the dispatcher.
+empty_strided: Any = getattr(_compiled, "_empty_strided_cpu", _empty_strided)
 
 
 def nobody_watches(*tensors: Tensor) -> bool:
@@ -100,10 +107,3 @@ def records(*tensors: Tensor) -> bool:
             if x.requires_grad:
                 return True
     return False
-
-
-def empty_strided(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory on a CPU, past the dispatcher."""
-    if _empty_strided_cpu is None:
-        return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
-    return _empty_strided_cpu(size, stride, dtype)
