@@ -139,7 +139,7 @@ class Attention:
             quadratic = quadratic_is_cheaper(*sizes, or_equal=True)
         quadratic = quadratic and not self._linear
         cut_up = batch * heads > 1 or max(queries, keys) > chunk
-        little = batch * heads * _work(*sizes) <= _LITTLE
+        little = batch * heads * _work(*sizes, quadratic=quadratic) <= _LITTLE
         # All of the pool, or none of it: what is left over would be ended, and started again for the next.
         if little or not cut_up:
             threads = 1
@@ -158,9 +158,14 @@ class Attention:
         return ctypes.byref(_Short(*problems, *self._views, output, quadratic))
 
 
-def _work(queries: int, keys: int, key_channels: int, value_channels: int) -> int:
-    """What a head takes in the quadratic order, which is that of all who have little, in the units of ``_LITTLE``."""
-    multiply_adds = queries * keys * (key_channels + value_channels)
+def _work(
+    queries: int, keys: int, key_channels: int, value_channels: int, *, quadratic: bool
+) -> int:
+    """What a head takes, about, in one pass and order, in the units of ``_LITTLE``."""
+    if quadratic:
+        multiply_adds = queries * keys * (key_channels + value_channels)
+    else:
+        multiply_adds = (queries + keys) * key_channels * value_channels
     return (queries + keys) * key_channels + multiply_adds // _MULTIPLY_ADDS
 
 
