@@ -96,7 +96,10 @@ INLINE void tile(const int vectors, const int pairs, Left left, const float *b, 
     const float *upper = left.words, *lower = upper + ROWS / 2 * left.row;
     for (const float *end = b + steps * width; b < end; b += width, upper += left.step, lower += left.step) {
         vec row[VECTORS];
-        UNROLL for (int j = 0; j < vectors; j++) row[j] = LOAD(b + j * LANES);
+        UNROLL for (int j = 0; j < vectors; j++) {
+            row[j] = LOAD(b + j * LANES);
+            IN_REGISTER(row[j]);
+        }
         UNROLL for (int i = 0; i < ROWS; i++) {
             vec word = SPLAT((i < ROWS / 2 ? upper : lower)[i % (ROWS / 2) * left.row]);
             UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = multiply_add(word, row[j], sum[i][j], pairs);

@@ -10,6 +10,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+/* What is used several times is read once: the compiler would rather read it from the cache each time. */
+#define IN_REGISTER(x) __asm__("" : "+v"(x))
 
 /* A product is made in pieces of ROWS x VECTORS vectors of sums, which fit the registers (products.h). */
 #ifdef __AVX512F__
