@@ -10,6 +10,7 @@ from efficient_attention.ops import (
     native_build,
     native_module_launch,
     native_short,
+    precision,
     short,
     watching,
 )
@@ -48,6 +49,14 @@ def _fresh_state(monkeypatch):
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(threads)
     torch.compiler.reset()
+
+
+@pytest.fixture(params=[True, False], ids=["as it is", "in float32"])
+def bfloat16_products(request, monkeypatch):
+    """How bfloat16 is multiplied, by processors with products of it and by others."""
+    if request.param and not precision.multiplies_bfloat16():
+        pytest.skip("the processor has no products of bfloat16")
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: request.param)
 
 
 @pytest.fixture

@@ -50,10 +50,17 @@ def official(kind=ea.EfficientAttention2d, dtype=torch.float64, **options):
     return kind(6, key_channels=4, value_channels=8, init="official", dtype=dtype, **options)
 
 
+@pytest.fixture
+def none_is_short(monkeypatch):
+    """Small maps are folded too."""
+    monkeypatch.setattr("efficient_attention.ops.planner.SHORT_POSITIONS", 0)
+
+
 def feature_map(dtype=torch.float64):
     return torch.randn(2, 6, 7, 5, dtype=dtype)
 
 
+@pytest.mark.usefixtures("none_is_short")
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [
@@ -65,8 +72,7 @@ def feature_map(dtype=torch.float64):
     ],
 )
 @pytest.mark.parametrize("normalization", ["softmax", "scaling"])
-def test_every_module_streams_in_the_folded_order(kind, shape, normalization, monkeypatch):
-    monkeypatch.setattr("efficient_attention.ops.planner.SHORT_POSITIONS", 0)
+def test_every_module_streams_in_the_folded_order(kind, shape, normalization):
     module = official(kind, num_heads=2, normalization=normalization)
     x = torch.randn(shape, dtype=torch.float64)
     assert module.planned_order(x) == "folded"
@@ -79,11 +85,13 @@ def test_every_module_streams_in_the_folded_order(kind, shape, normalization, mo
     assert y.stride() == expected.stride()
 
 
+@pytest.mark.usefixtures("none_is_short")
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("notice", ["hook", "parametrization", "subclass"])
 def test_nothing_streams_that_would_notice(projection, notice):
     module, x = official(num_heads=2), feature_map()
-    expected = module(x)
+    streamed, expected = streams(lambda: module(x))
+    assert streamed
     layer, calls = getattr(module, projection), []
     if notice == "hook":
         layer.register_forward_hook(lambda *_: calls.append(1))
@@ -101,25 +109,36 @@ def test_nothing_streams_that_would_notice(projection, notice):
     torch.testing.assert_close(y, expected, **EXACT)
 
 
+@pytest.mark.usefixtures("none_is_short")
 def test_a_weight_that_is_more_than_a_tensor_does_not_stream():
     class Tagged(torch.Tensor):
         pass
 
-    module, x = official(), feature_map()
-    expected = module(x)
+    module, x = official(order="folded"), feature_map()
+    streamed, expected = streams(lambda: module(x))
+    assert streamed
     module.keys.weight = nn.Parameter(module.keys.weight.detach().as_subclass(Tagged))
     streamed, y = streams(lambda: module(x))
     assert not streamed
     torch.testing.assert_close(torch.Tensor(y), expected, **EXACT)
 
 
-def test_autocast_and_half_precision_do_not_stream():
+@pytest.mark.usefixtures("none_is_short")
+def test_autocast_does_not_stream():
+    module, x = official(dtype=torch.float32), feature_map(torch.float32)
+    assert streams(lambda: module(x))[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        module, x = official(dtype=torch.float32), feature_map(torch.float32)
         assert not streams(lambda: module(x))[0]
-    assert not streams(lambda: official(dtype=torch.float16)(feature_map(torch.float16)))[0]
 
 
+@pytest.mark.usefixtures("none_is_short")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_streams(dtype):
+    module = official(dtype=dtype)
+    assert streams(lambda: module(feature_map(dtype)))[0]
+
+
+@pytest.mark.usefixtures("none_is_short")
 def test_transforms_take_the_plain_equations():
     module, x = official(num_heads=2), feature_map()
     got = torch.func.vmap(module)(torch.stack((x, x.flip(0))))
@@ -131,6 +150,7 @@ def test_transforms_take_the_plain_equations():
     torch.testing.assert_close(got, difference, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.usefixtures("none_is_short")
 def test_a_compiled_module_streams_for_every_length_without_compiling_anew():
     module = official(num_heads=2)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -148,6 +168,7 @@ def test_a_compiled_module_streams_for_every_length_without_compiling_anew():
             torch.testing.assert_close(results[0], results[1], **EXACT)
 
 
+@pytest.mark.usefixtures("none_is_short")
 def test_an_exported_module_runs_without_this_package():
     module, x = official(num_heads=2).eval(), feature_map()
     program = torch.export.export(module, (x,))
@@ -204,6 +225,7 @@ def test_in_place_holds_in_every_order_and_where_nothing_streams(order):
             module.inplace = False
 
 
+@pytest.mark.usefixtures("none_is_short")
 def test_in_place_leaves_an_input_alone_that_a_backward_pass_needs():
     module, x = official(), feature_map()
     module.inplace = True

@@ -5,7 +5,7 @@ import torch
 
 from efficient_attention import attend, efficient_attention, summarize
 from efficient_attention.memory import peak_bytes
-from efficient_attention.ops import blocked, blocks
+from efficient_attention.ops import blocked, blocks, precision
 from efficient_attention.ops.blocks import fold
 from efficient_attention.testing import (
     assert_as_precise_as_plain,
@@ -148,6 +148,7 @@ def test_attending_in_groups_matches_the_oracle(short_blocks):
         torch.testing.assert_close(result, results[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("bfloat16_products")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", ["token-major", "channel-major"])
 def test_every_dtype_and_layout_is_as_precise_as_a_plain_run(dtype, layout, short_blocks):
@@ -171,11 +172,12 @@ def test_every_dtype_and_layout_is_as_precise_as_a_plain_run(dtype, layout, shor
 
 
 @pytest.mark.parametrize(
-    ("dtype", "error"),
-    # bfloat16 is multiplied as it is: weights are rounded once, and so is the sum of each block.
-    [(torch.float16, 1e-6), (torch.bfloat16, 2**-8)],
+    ("dtype", "multiplied", "error"),
+    # bfloat16 that is multiplied as it is: weights are rounded once, and so is the sum of each block.
+    [(torch.float16, True, 1e-6), (torch.bfloat16, True, 2**-8), (torch.bfloat16, False, 1e-6)],
 )
-def test_contexts_of_half_precision_are_float32(dtype, error):
+def test_contexts_of_half_precision_are_float32(dtype, multiplied, error, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: multiplied)
     _, key, value = make_inputs(dtype=dtype, keys=500)
     context = summarize(key, value)
     truth = summarize(key.double(), value.double(), backend="reference")

@@ -52,6 +52,7 @@ def test_gradients_and_layouts_are_those_of_every_other(lengths, order, layout):
     )
 
 
+@pytest.mark.usefixtures("bfloat16_products")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_sums_are_kept_in_float32(dtype):
     inputs = make_inputs(dtype=dtype)

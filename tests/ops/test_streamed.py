@@ -201,7 +201,8 @@ def plain(x, source, mask, weights, biases, normalization, heads, residual):
     return x + weights[3] @ attended + biases[3].unsqueeze(-1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("bfloat16_products")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("normalization", ["softmax", "scaling"])
 @pytest.mark.parametrize("heads", [1, 8])
 def test_low_precision_errs_no_more_than_twice_as_much_as_plain(dtype, normalization, heads):
@@ -219,6 +220,7 @@ def test_low_precision_errs_no_more_than_twice_as_much_as_plain(dtype, normaliza
         assert_as_precise_as_plain(got, low, exact)
 
 
+@pytest.mark.usefixtures("bfloat16_products")
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_live_bytes_do_not_grow_with_the_positions(dtype, tokens):
@@ -246,4 +248,4 @@ def test_live_bytes_do_not_grow_with_the_positions(dtype, tokens):
     for less, more in zip(*held, strict=True):
         # Of the sums over blocks one more is incomplete at a time.
         assert more <= less + 2 * 64 * 32 * 4 + 1000
-        assert more < 8 << 20
+        assert more < 10 << 20

@@ -137,7 +137,8 @@ def test_our_operators_hold_what_is_counted(
     check(ours.attend_backward.default, output, *saved, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("bfloat16_products")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normalization", ["softmax", "scaling"])
 @pytest.mark.parametrize(
     (

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from . import blocked, native_launch, native_module_launch, streamed
-from .precision import without_autocast
+from .precision import DTYPES, without_autocast
 from .tiling import why_not, why_not_module
 
 # What "auto" is on a GPU. To be "triton", where that serves the call, once a GPU has shown the kernels to be right and
 # faster; so far they have run in Triton's interpreter alone: docs/gpu.md.
 AUTO_ON_CUDA = "blocked"
-
-# Of the streamed module, whose products are taken in them.
-_STREAMED = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def implementation(automatic: str, name: str) -> Callable:
@@ -57,7 +54,7 @@ def serves_module(weights: Sequence[Tensor], num_heads: int, backend: str) -> bo
     if backend == "triton":
         return (_why_not_on(device) or _why_not_folded(weights, num_heads)) is None
     # Whether the machine has the native kernels is for the operator to say: here programs are traced.
-    return backend in ("blocked", "native") and device.type == "cpu" and dtype in _STREAMED
+    return backend in ("blocked", "native") and device.type == "cpu" and dtype in DTYPES
 
 
 def _is_preferred(name: str, *args: Any) -> bool:

@@ -128,7 +128,7 @@ def summarize_backward(
     if d_log_weight is not None:
         correction = correction - d_log_weight
     correction = (correction / total).unsqueeze(-2)
-    d_mean = (d_mean / total.unsqueeze(-1)).to(product_dtype(key.dtype))
+    d_mean = (d_mean / total.unsqueeze(-1)).to(product_dtype(key.dtype, key.device))
 
     tiles = _walk(key, value.shape[-1])
     pages = Pages(key, tiles, key.shape[-1])
@@ -164,7 +164,7 @@ def attend(
     Under softmax ``out`` may be the query: a block is read before it is written.
     """
     output = empty_output(query, mean.shape[-1]) if out is None else out
-    mean = mean.to(product_dtype(query.dtype))
+    mean = mean.to(product_dtype(query.dtype, query.device))
     tiles = _walk(query, mean.shape[-1])
     pages = Pages(query, tiles, query.shape[-1])
     for rows, heads, blocks in tiles:
@@ -186,7 +186,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`attend` with respect to query (its dtype and layout) and the context's mean."""
     d_query, d_mean = empty_gradient(query, needs[0]), empty_gradient(mean, needs[1]).zero_()
-    narrow = mean.to(product_dtype(query.dtype))
+    narrow = mean.to(product_dtype(query.dtype, query.device))
     tiles = _walk(query, mean.shape[-1])
     pages = Pages(query, tiles, query.shape[-1])
     for rows, heads, blocks in tiles:
@@ -281,7 +281,7 @@ def _walk(x: Tensor, other_channels: int) -> list[Tile]:
 
 def _load(x: Tensor, mask: Tensor | None, positions: slice, fill: float = 0) -> Tensor:
     """A block in the dtype of products; masked positions may hold anything, NaN included, so they are replaced."""
-    dtype = product_dtype(x.dtype)
+    dtype = product_dtype(x.dtype, x.device)
     block = _block(x, positions)
     if mask is None:
         return block.to(dtype)

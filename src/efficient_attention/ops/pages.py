@@ -53,13 +53,27 @@ class Pages:
     def __init__(self, like: Tensor, tiles: Sequence[Tile], channels: int):
         self._like = like
         self._size = channels * max((tile.positions for tile in tiles), default=0)
-        self._sums, self._products = accumulation_dtype(like.dtype), product_dtype(like.dtype)
+        self._sums, self._products = (
+            accumulation_dtype(like.dtype),
+            product_dtype(like.dtype, like.device),
+        )
         self._pages: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def _page(self, page: int, dtype: torch.dtype) -> Tensor:
         if (page, dtype) not in self._pages:
             self._pages[page, dtype] = self._like.new_empty(self._size, dtype=dtype)
         return self._pages[page, dtype]
+
+    def factor(self, x: Tensor) -> Tensor:
+        """A tensor in the dtype of products: itself, unless they are wider than inputs."""
+        return x.to(self._products)
+
+    def write_product(self, out: Tensor, a: Tensor, b: Tensor, onto: Tensor | None = None) -> None:
+        """``onto + a b`` into ``out``, which has the dtype of inputs; all factors have that of products."""
+        if out.dtype == self._products:
+            product(a, b, onto, out)
+        else:
+            out.copy_(product(a, b, onto))
 
     @property
     def _is_one(self) -> bool:

@@ -343,19 +343,21 @@ def streamed_bytes(
     *,
     pages: int = 1,
     contexts: int = 0,
+    copies: int = 0,
     backward: bool = False,
 ) -> int:
     """What the streamed module holds while it walks over blocks of one side.
 
     Pages of ``key_channels`` for each position of a block, in low precision twice, and one number for each head;
-    ``contexts`` of each sum over blocks that is not yet complete. Blocks of the ``backward`` pass are as long as in the
-    dtype of sums.
+    ``contexts`` of each sum over blocks that is not yet complete. Where low precision is multiplied in that of sums,
+    there are so many ``copies`` of a block of X instead of a second page. Then, and in the ``backward`` pass, blocks
+    are as long as in the dtype of sums.
     """
     sums = max(itemsize, 4)
-    width = key_channels * _page_bytes(itemsize)
-    fitted = sums if backward else itemsize
+    width = key_channels * (sums if copies else _page_bytes(itemsize))
+    fitted = sums if backward or copies else itemsize
     length = min(block_length(key_channels + channels, fitted), positions)
     rows = min(maps_per_block(length, key_channels + channels, fitted), batch)
     incomplete = 1 + (-(-positions // max(1, length)) - 1).bit_length()
     partial = contexts * incomplete * key_channels * channels * sums
-    return rows * (length * (pages * width + heads * sums) + partial)
+    return rows * (length * (pages * width + (copies * channels + heads) * sums) + partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,13 +15,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the factors of products over positions.
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the factors of products over positions, of inputs of a dtype.
 
-    bfloat16 for bfloat16, whose products are twice as fast or more. Not float16 for float16: weighted sums of values
-    may exceed its largest number, 65,504.
+    bfloat16 for bfloat16, whose products are twice as fast or more; but on processors that do not multiply it, where
+    PyTorch's take ten times as long. Not float16 for float16: weighted sums of values may exceed its largest number,
+    65,504.
     """
-    return dtype if dtype == torch.bfloat16 else accumulation_dtype(dtype)
+    if dtype == torch.bfloat16 and (device.type != "cpu" or multiplies_bfloat16()):
+        return dtype
+    return accumulation_dtype(dtype)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has matrix products of bfloat16 in oneDNN, PyTorch's library of them."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast_is_on(device: torch.device) -> bool:

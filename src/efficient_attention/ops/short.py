@@ -109,12 +109,12 @@ def _way(
             library=library,
         )
         return functools.partial(_differentiable, run) if recorded else run
-    itemsize = product_dtype(query.dtype).itemsize
-    served = plain_is_cheaper(batch * heads, queries, keys, channels, itemsize, kept=recorded)
+    dtype = product_dtype(query.dtype, torch.device("cpu"))
+    served = plain_is_cheaper(batch * heads, queries, keys, channels, dtype.itemsize, kept=recorded)
     if backend == "native" or mask_layout is not None or not served:
         return None
     quadratic = order == "auto" and quadratic_is_cheaper(*sizes)
-    return functools.partial(_plain, normalization, quadratic, product_dtype(query.dtype))
+    return functools.partial(_plain, normalization, quadratic, dtype)
 
 
 def _like(layout: _Layout) -> Tensor:

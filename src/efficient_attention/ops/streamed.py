@@ -8,9 +8,9 @@ P = rho_k(K), A = rho_q(Q), G the pooled inputs and M the folded context (ops/fo
     d_A = M d_Y;   d_M = A d_Y^T;     d_Q = A * (d_A - sum_c A d_A);          d_X = d_Y + Wq^T d_Q
     d_P = d_G X;                      d_K = P * (d_P - sum_s G d_G);          d_X += d_G^T P + Wk^T d_K
 
-Under softmax the key bias is left out: softmax over positions does not see it. Products are taken in the dtype of X,
-everything else in that of sums. Blocks are channel-major, ``[b, channels, n]``, which is the faster order for softmaxes
-of a few channels; X and Y are read and written where they lie, in either order.
+Under softmax the key bias is left out: softmax over positions does not see it. Factors of products are in the dtype of
+products, everything else in that of sums (ops/precision.py). Blocks are channel-major, ``[b, channels, n]``, which is
+the faster order for softmaxes of a few channels; X and Y are read and written where they lie, in either order.
 
 Shapes: B batch (b of it at a time), C channels of X and Y, S of the source, N, M positions, n of a block, dk, dv key
 and value channels of all heads, h heads. ``weights`` and ``biases`` are of queries, keys, values and output,
@@ -29,7 +29,7 @@ from .blocks import Tile, add_weighted, divisor, exponentials, fold, walk
 from .folding import fold_output_backward, fold_values_backward, folded_context, key_slopes
 from .layout import empty_gradient, empty_like
 from .pages import Pages, product
-from .precision import accumulation_dtype
+from .precision import accumulation_dtype, product_dtype
 
 Biases = Sequence[Tensor | None]
 
@@ -97,12 +97,13 @@ def _summarize(
     shift, total, sums = (source.new_zeros(batch, key_channels, dtype=dtype) for _ in range(3))
     softmax = normalization == "softmax"
     lowest = torch.finfo(dtype).min
-    tiles = _walk(source, key_channels, source.dtype)
+    tiles = _walk(source, key_channels, product_dtype(source.dtype, source.device))
     pages = Pages(source, tiles, key_channels)
+    weight = pages.factor(weight)
     for rows, _, blocks in tiles:
 
         def weigh(n: slice, rows: slice = rows) -> tuple[Tensor, Tensor, Tensor]:
-            x, mask = _attended(source[rows, :, n], key_mask, rows, n)
+            x, mask = _attended(pages.factor(source[rows, :, n]), key_mask, rows, n)
             keys = pages.product(0, weight, x)  # [b, dk, n]
             _mask_keys_(keys, mask, bias, softmax)
             largest = keys.new_zeros(keys.shape[:2])
@@ -134,17 +135,19 @@ def _attend(
 ) -> None:
     """Writes ``X + M^T rho_q(Q)`` into output, which may be x."""
     softmax, key_channels = normalization == "softmax", weights[0].shape[0]
-    tiles = _walk(x, key_channels, x.dtype)
+    tiles = _walk(x, key_channels, product_dtype(x.dtype, x.device))
     pages = Pages(x, tiles, key_channels)
+    weight = pages.factor(weights[0])
     for rows, _, blocks in tiles:
         # Folded for these rows alone, so that no rounding of a long sample depends on its batch mates.
         sums = summary.pooled[rows], summary.column_sums[rows]
         _, mean = folded_context(*sums, weights[2:], biases[2:], num_heads, softmax=softmax)
-        mean = mean.to(x.dtype)  # [b, dk, C]
+        mean = pages.factor(mean)  # [b, dk, C]
         for n in blocks:
-            block, out = x[rows, :, n], output[rows, :, n]
-            attention = _queries(pages, block, weights[0], biases[0], num_heads, softmax)
-            product(mean.mT, pages.narrowed(0, attention), block if residual else None, out)
+            block, out = pages.factor(x[rows, :, n]), output[rows, :, n]
+            attention = _queries(pages, block, weight, biases[0], num_heads, softmax)
+            narrow = pages.narrowed(0, attention)
+            pages.write_product(out, mean.mT, narrow, block if residual else None)
             if biases[3] is not None and not softmax:
                 out.add_(biases[3].unsqueeze(-1))
 
@@ -222,17 +225,17 @@ def _attend_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Writes what comes through the queries into d_x; gradients of mean, weight, bias and of a bias of the output."""
-    dtype, narrow = mean.dtype, mean.to(x.dtype)
-    channels = x.shape[1]
+    dtype, channels = mean.dtype, x.shape[1]
     d_mean = torch.zeros_like(mean)
     d_weight = mean.new_zeros(weight.shape)
     d_bias, d_output_bias = mean.new_zeros(weight.shape[0]), mean.new_zeros(channels)
     tiles = _walk(x, weight.shape[0], dtype)
     pages = Pages(x, tiles, weight.shape[0])
+    narrow, weight = pages.factor(mean), pages.factor(weight)
     for rows, _, blocks in tiles:
 
         def pull_back(n: slice, rows: slice = rows) -> tuple[Tensor, ...]:
-            block, d_out = x[rows, :, n], d_output[rows, :, n]
+            block, d_out = (pages.factor(each[rows, :, n]) for each in (x, d_output))
             attention = _queries(pages, block, weight, bias, num_heads, softmax)
             d_mean = product(pages.narrowed(0, attention), d_out.mT).to(dtype)
             slope = pages.product(1, narrow[rows], d_out)  # [b, dk, n]
@@ -240,7 +243,8 @@ def _attend_backward(
                 _pull_back_softmax_(slope, attention, pages.wide(2, slope.shape), num_heads)
             d_query = pages.narrowed(1, slope)
             if needs[0]:
-                product(weight.mT, d_query, d_out if residual else None, d_x[rows, :, n])
+                onto = d_out if residual else None
+                pages.write_product(d_x[rows, :, n], weight.mT, d_query, onto)
             if not needs[2]:
                 return (d_mean,)
             d_weight = product(d_query, block.mT).sum(0, dtype=dtype)
@@ -269,17 +273,17 @@ def _summarize_backward(
 ) -> tuple[Tensor, Tensor]:
     """Writes what comes through the keys into d_source, or adds it; gradients of weight and bias."""
     (slope, constant), dtype, key_channels = slopes, shift.dtype, weight.shape[0]
-    slope = slope.to(source.dtype)
+    tiles = _walk(source, key_channels, dtype)
+    pages = Pages(source, tiles, 2 * key_channels)
+    slope, weight = pages.factor(slope), pages.factor(weight)
     # Keys and their slopes come from one product, and go back by another.
     there = torch.cat((weight.expand_as(slope), slope), dim=1)  # [B, 2 dk, S]
     back = torch.cat((slope, weight.expand_as(slope)), dim=1).mT
     d_weight, d_bias = (constant.new_zeros(x) for x in (weight.shape, key_channels))
-    tiles = _walk(source, key_channels, dtype)
-    pages = Pages(source, tiles, 2 * key_channels)
     for rows, _, blocks in tiles:
 
         def pull_back(n: slice, rows: slice = rows) -> tuple[Tensor, ...]:
-            x, mask = _attended(source[rows, :, n], key_mask, rows, n)
+            x, mask = _attended(pages.factor(source[rows, :, n]), key_mask, rows, n)
             both = pages.product(0, there[rows], x)
             keys, d_keys = both.split(key_channels, dim=1)  # [b, dk, n]
             _mask_keys_(keys, mask, bias, softmax)
@@ -291,7 +295,8 @@ def _summarize_backward(
             narrow = pages.narrowed(0, both)
             if needs[0]:
                 d_x = d_source[rows, :, n]
-                product(back[rows], narrow, d_x if accumulate else None, d_x)
+                onto = pages.factor(d_x) if accumulate else None
+                pages.write_product(d_x, back[rows], narrow, onto)
             if not needs[1]:
                 return ()
             d_weight = product(narrow[:, key_channels:], x.mT).sum(0, dtype=dtype)

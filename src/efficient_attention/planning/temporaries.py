@@ -163,8 +163,8 @@ def _folded(args: Sequence[Any], result: Any) -> int:
     source = x if source is None else source
     sums, head = max(4, x.element_size()), len(values) // num_heads
     return _nbytes(result) + max(
-        _streamed(source, keys, 1, contexts=1),
-        _streamed(x, keys, num_heads) + sums * len(x) * len(keys) * (head + x.shape[1]),
+        _streamed(source, keys, 1, contexts=1, copies=1),
+        _streamed(x, keys, num_heads, copies=2) + sums * len(x) * len(keys) * (head + x.shape[1]),
     )
 
 
@@ -176,19 +176,21 @@ def _folded_backward(args: Sequence[Any], result: Any) -> int:
     images = _nbytes(result[:2])
     # Products in low precision copy what they add to.
     pages = 2 if normalization == "scaling" and x.element_size() >= 4 else 3
-    query_side = _streamed(x, keys, num_heads, pages=pages, contexts=2, backward=True) + 4 * context
+    options: dict[str, Any] = {"copies": 3, "backward": True}
+    query_side = _streamed(x, keys, num_heads, pages=pages, contexts=2, **options) + 4 * context
     return images + max(
         query_side,
-        _streamed(source, keys, 0, pages=2, contexts=1, backward=True) + 9 * context,
+        _streamed(source, keys, 0, pages=2, contexts=1, **options) + 9 * context,
         parameters,
     )
 
 
-def _streamed(x: Tensor, weight: Tensor, heads: int, **held: Any) -> int:
-    batch, channels, positions = x.shape
-    return streamed_bytes(
-        batch, positions, channels, weight.shape[0], heads, x.element_size(), **held
-    )
+def _streamed(x: Tensor, weight: Tensor, heads: int, *, copies: int, **held: Any) -> int:
+    """``copies`` of a block, where products are wider than x."""
+    if product_dtype(x.dtype, x.device) == x.dtype:
+        copies = 0
+    sizes = *x.mT.shape, weight.shape[0], heads, x.element_size()
+    return streamed_bytes(*sizes, copies=copies, **held)
 
 
 class _Pages:
@@ -199,7 +201,7 @@ class _Pages:
         both = channels + other_channels
         length = min(block_length(both, x.itemsize), positions)
         self._numbers = min(maps_per_block(length, both, x.itemsize), batch * heads) * length
-        self._sums, self._products = accumulation_dtype(x.dtype), product_dtype(x.dtype)
+        self._sums, self._products = accumulation_dtype(x.dtype), product_dtype(x.dtype, x.device)
         self._is_narrow = self._sums != x.dtype
         self._is_part = length < positions and not x[:1, :1, :length].is_contiguous()
         self._itemsize = x.itemsize
