@@ -7,7 +7,7 @@ import torch
 
 from efficient_attention.memory import peak_bytes
 from efficient_attention.ops import library, reference, streamed
-from efficient_attention.testing import assert_as_precise_as_plain
+from efficient_attention.testing import assert_as_precise_as_plain, relative_error
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 # B, C, S (None: attends to itself), dk, dv, h, N, M
@@ -158,9 +158,35 @@ def test_any_shape_strides_and_offset_give_the_plain_result(seed, short_blocks):
         torch.testing.assert_close(d_x, torch.autograd.grad(plain.sum(), leaf)[0], **EXACT)
 
 
-def test_written_over_its_input_it_is_the_same(short_blocks):
+@pytest.mark.usefixtures("bfloat16_products")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+@pytest.mark.parametrize(("masked", "tokens"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("residual", [True, False])
+def test_low_precision_is_right_for_every_shape(
+    dtype, sizes, normalization, masked, tokens, residual, short_blocks
+):
+    given = inputs(*sizes, masked=masked, tokens=tokens)
+    x, source, mask, weights, biases, heads = given
+    weights = [(w / w.shape[1] ** 0.5).to(dtype).double() for w in weights]
+    rounded = (x.to(dtype).double(), source if source is None else source.to(dtype).double())
+    given = (*rounded, mask, weights, [b.to(dtype).double() for b in biases], heads)
+    truth = run(reference.module, given, normalization, residual)
+    got = run(library.folded, given, normalization, residual, dtype)
+    for a, exact in zip((got[0], *got[1]), (truth[0], *truth[1]), strict=True):
+        # The bias of keys has no gradient under softmax.
+        if exact.norm() > 1e-9 * truth[0].norm():
+            assert relative_error(a, exact) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.usefixtures("bfloat16_products", "short_blocks")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_written_over_its_input_it_is_the_same(dtype):
     for sizes, normalization in itertools.product(SIZES[:2], ("softmax", "scaling")):
         x, source, mask, weights, biases, heads = inputs(*sizes)
+        x, source = (t if t is None else t.to(dtype) for t in (x, source))
+        weights, biases = ([t.to(dtype) for t in ts] for ts in (weights, biases))
         options = (source, mask, weights, biases, normalization, heads, True)
         expected, *_ = streamed.folded(x, *options)
         streamed.folded_(x, *options)

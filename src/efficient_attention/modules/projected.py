@@ -32,6 +32,7 @@ from ..ops.planner import (
     module_costs,
     quadratic_is_cheaper,
 )
+from ..ops.precision import is_widened
 from .features import Features, Projection, coarsen
 from .folding import fold_output, fold_values, obstacle
 from .initialization import INITIALIZATIONS, start_at_zero
@@ -192,6 +193,7 @@ class EfficientModule(ProjectedAttention):
             keys=queries if keys is None else keys,
             column_sums=self._needs_column_sums(),
             streamed=can_stream(self),
+            widened=is_widened(self.keys.weight),
             batch=batch,
             heads=self.num_heads,
             itemsize=itemsize,

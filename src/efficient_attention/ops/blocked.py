@@ -272,10 +272,11 @@ def _walk(x: Tensor, other_channels: int) -> list[Tile]:
     """Tiles of ``x [B, H, N, D]`` whose positions have as many other channels besides."""
     batch, heads, positions, channels = x.shape
     channels += other_channels
+    itemsize = product_dtype(x.dtype, x.device).itemsize
     if not is_token_major(x):
-        return walk(batch, heads, positions, channels, x.itemsize)
+        return walk(batch, heads, positions, channels, itemsize)
     # The heads of a position are neighbours.
-    together = walk(batch, 1, positions, heads * channels, x.itemsize)
+    together = walk(batch, 1, positions, heads * channels, itemsize)
     return [tile._replace(heads=slice(0, heads)) for tile in together]
 
 

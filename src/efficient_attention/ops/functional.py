@@ -77,7 +77,7 @@ def efficient_attention(
 
     Returns:
         ``[B, H, N, Dv]`` in ``query.dtype``, ``out`` if it was given. Sums are kept in float32 (float64 for float64
-        inputs); bfloat16 is multiplied as it is, and PyTorch's products of it are rounded to it.
+        inputs); bfloat16 is multiplied as it is where the device does, and PyTorch's products of it are rounded to it.
 
     Raises:
         TypeError: an argument is not a tensor, or has an unsupported dtype.

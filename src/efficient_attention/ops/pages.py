@@ -68,12 +68,21 @@ class Pages:
         """A tensor in the dtype of products: itself, unless they are wider than inputs."""
         return x.to(self._products)
 
-    def write_product(self, out: Tensor, a: Tensor, b: Tensor, onto: Tensor | None = None) -> None:
-        """``onto + a b`` into ``out``, which has the dtype of inputs; all factors have that of products."""
-        if out.dtype == self._products:
-            product(a, b, onto, out)
-        else:
-            out.copy_(product(a, b, onto))
+    def write_product(
+        self,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        onto: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        """``onto + a b + bias`` for rows a into ``out``, of the dtype of inputs; factors have that of products."""
+        is_there = out.dtype == self._products
+        result = product(a, b, onto, out if is_there else None)
+        if bias is not None:
+            result.add_(bias.unsqueeze(-1))
+        if not is_there:
+            out.copy_(result)
 
     @property
     def _is_one(self) -> bool:

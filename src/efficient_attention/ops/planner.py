@@ -116,6 +116,7 @@ def module_costs(
     source_channels: int | None = None,
     column_sums: bool = False,
     streamed: bool = False,
+    widened: bool = False,
     batch: int = 1,
     heads: int = 1,
     itemsize: int = 4,
@@ -133,6 +134,7 @@ def module_costs(
             does if the values have a bias, and the sums are not one: under ``normalization="scaling"``.
         streamed: whether the folded order runs as one operator over blocks of positions, in which projections never
             exist as a whole and column sums are no product.
+        widened: whether it copies its blocks, as their numbers are multiplied in a wider dtype.
         batch: B.
         heads: H.
         itemsize: bytes of one stored number.
@@ -193,8 +195,8 @@ def module_costs(
             batch * multiply_adds,
             batch * context
             + max(
-                streamed_bytes(batch, keys, s, dk, 1, itemsize, contexts=1),
-                streamed_bytes(batch, queries, c, dk, heads, itemsize)
+                streamed_bytes(batch, keys, s, dk, 1, itemsize, contexts=1, copies=widened),
+                streamed_bytes(batch, queries, c, dk, heads, itemsize, copies=2 * widened)
                 + batch * dk * (head + c) * sums,
             ),
         )
@@ -329,7 +331,7 @@ def block_bytes(
 
 
 def _page_bytes(itemsize: int) -> int:
-    """Of one intermediate number: low precision is multiplied as it is stored, and added up in float32."""
+    """Of one intermediate number: low precision, where it is multiplied as it is stored, is added up in float32."""
     return itemsize if itemsize >= 4 else 4 + itemsize
 
 

@@ -6,6 +6,7 @@ import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,6 +26,11 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == torch.bfloat16 and (device.type != "cpu" or multiplies_bfloat16()):
         return dtype
     return accumulation_dtype(dtype)
+
+
+def is_widened(x: Tensor) -> bool:
+    """Whether the numbers of a tensor are multiplied in a wider dtype."""
+    return product_dtype(x.dtype, x.device) != x.dtype
 
 
 @functools.cache

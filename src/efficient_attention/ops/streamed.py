@@ -103,7 +103,8 @@ def _summarize(
     for rows, _, blocks in tiles:
 
         def weigh(n: slice, rows: slice = rows) -> tuple[Tensor, Tensor, Tensor]:
-            x, mask = _attended(pages.factor(source[rows, :, n]), key_mask, rows, n)
+            x, mask = _attended(source[rows, :, n], key_mask, rows, n)
+            x = pages.factor(x)
             keys = pages.product(0, weight, x)  # [b, dk, n]
             _mask_keys_(keys, mask, bias, softmax)
             largest = keys.new_zeros(keys.shape[:2])
@@ -146,10 +147,8 @@ def _attend(
         for n in blocks:
             block, out = pages.factor(x[rows, :, n]), output[rows, :, n]
             attention = _queries(pages, block, weight, biases[0], num_heads, softmax)
-            narrow = pages.narrowed(0, attention)
-            pages.write_product(out, mean.mT, narrow, block if residual else None)
-            if biases[3] is not None and not softmax:
-                out.add_(biases[3].unsqueeze(-1))
+            narrow, onto = pages.narrowed(0, attention), block if residual else None
+            pages.write_product(out, mean.mT, narrow, onto, None if softmax else biases[3])
 
 
 def folded_backward(
@@ -283,7 +282,8 @@ def _summarize_backward(
     for rows, _, blocks in tiles:
 
         def pull_back(n: slice, rows: slice = rows) -> tuple[Tensor, ...]:
-            x, mask = _attended(pages.factor(source[rows, :, n]), key_mask, rows, n)
+            x, mask = _attended(source[rows, :, n], key_mask, rows, n)
+            x = pages.factor(x)
             both = pages.product(0, there[rows], x)
             keys, d_keys = both.split(key_channels, dim=1)  # [b, dk, n]
             _mask_keys_(keys, mask, bias, softmax)

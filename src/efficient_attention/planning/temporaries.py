@@ -4,7 +4,7 @@ Convolutions are the case that matters: oneDNN computes on copies in layouts of 
 all patches into a matrix; both can exceed the tensors of a network. Which of them runs PyTorch tells. What each holds
 was found by recording every allocation, on a CPU with AVX2, and the tests compare it with such records. Left out: what
 oneDNN needs for the gradient of the weights of dilated convolutions on CPUs that have nothing better than AVX2, and
-conversions to float32 inside blocks.
+conversions to float32 inside blocks of the operators (not of the module).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops.planner import block_length, maps_per_block, streamed_bytes
-from ..ops.precision import accumulation_dtype, product_dtype
+from ..ops.precision import accumulation_dtype, is_widened, product_dtype
 
 _aten, _ours = torch.ops.aten, torch.ops.efficient_attention
 
@@ -175,22 +175,20 @@ def _folded_backward(args: Sequence[Any], result: Any) -> int:
     parameters = _nbytes(result[2:])
     images = _nbytes(result[:2])
     # Products in low precision copy what they add to.
-    pages = 2 if normalization == "scaling" and x.element_size() >= 4 else 3
-    options: dict[str, Any] = {"copies": 3, "backward": True}
-    query_side = _streamed(x, keys, num_heads, pages=pages, contexts=2, **options) + 4 * context
+    wide = product_dtype(x.dtype, x.device) == accumulation_dtype(x.dtype)
+    query = {"pages": 2 if normalization == "scaling" and wide else 3, "copies": 3}
+    key = {"pages": 2, "copies": 3 if source is x else 2}
     return images + max(
-        query_side,
-        _streamed(source, keys, 0, pages=2, contexts=1, **options) + 9 * context,
+        _streamed(x, keys, num_heads, contexts=2, backward=True, **query) + 4 * context,
+        _streamed(source, keys, 0, contexts=1, backward=True, **key) + 9 * context,
         parameters,
     )
 
 
 def _streamed(x: Tensor, weight: Tensor, heads: int, *, copies: int, **held: Any) -> int:
     """``copies`` of a block, where products are wider than x."""
-    if product_dtype(x.dtype, x.device) == x.dtype:
-        copies = 0
     sizes = *x.mT.shape, weight.shape[0], heads, x.element_size()
-    return streamed_bytes(*sizes, copies=copies, **held)
+    return streamed_bytes(*sizes, copies=is_widened(x) * copies, **held)
 
 
 class _Pages:
@@ -199,9 +197,10 @@ class _Pages:
     def __init__(self, x: Tensor, other_channels: int):
         batch, heads, positions, channels = x.shape
         both = channels + other_channels
-        length = min(block_length(both, x.itemsize), positions)
-        self._numbers = min(maps_per_block(length, both, x.itemsize), batch * heads) * length
         self._sums, self._products = accumulation_dtype(x.dtype), product_dtype(x.dtype, x.device)
+        length = min(block_length(both, self._products.itemsize), positions)
+        maps = maps_per_block(length, both, self._products.itemsize)
+        self._numbers = min(maps, batch * heads) * length
         self._is_narrow = self._sums != x.dtype
         self._is_part = length < positions and not x[:1, :1, :length].is_contiguous()
         self._itemsize = x.itemsize
