@@ -18,7 +18,11 @@ ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "experiments.md"
 # Pages, and the folders of their records.
-SPEED = {"speed.md": RESULTS / "speed", "speed_amx.md": RESULTS / "speed" / "amx"}
+SPEED = {
+    "speed.md": RESULTS / "speed",
+    "speed_amx.md": RESULTS / "speed" / "amx",
+    "speed_avx2.md": RESULTS / "speed" / "avx2",
+}
 COMPARISONS = sorted(p for p in RESULTS.glob("experiments/*.json") if p.stem != "capacity")
 pytestmark = pytest.mark.skipif(not DOCUMENT.exists(), reason="not a checkout")
 
