@@ -272,6 +272,13 @@ def test_whoever_could_have_kernels_is_told_how():
         assert ("efficient_attention.build_native()" in "".join(lines)) == (kernels is False)
 
 
+def test_whoever_has_no_products_of_a_dtype_is_told():
+    found = Findings({16: 2.0}, 4.0, False, (1, 1), "linear", 1.0)
+    for slow in (True, False):
+        lines = in_words(Operator(positions=100, dtype="bfloat16"), found._replace(slow=slow))
+        assert any("no products of bfloat16" in line for line in lines) == slow
+
+
 @pytest.mark.parametrize("where", [["--positions", "300"], ["--map", "20x10", "--channels", "8"]])
 def test_a_user_is_advised(where, monkeypatch, capsys):
     monkeypatch.setattr(advice, "in_process", lambda _, function, *arguments: function(*arguments))

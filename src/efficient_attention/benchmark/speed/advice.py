@@ -10,6 +10,7 @@ import torch
 from ...errors import InputError
 from ...memory import available_bytes
 from ...ops import native_build, native_calls
+from ...ops.precision import multiplies_bfloat16
 from .allocators import ALLOCATORS, in_process
 from .entries import OURS
 from .measurement import ENTRIES, measure, work_of
@@ -44,6 +45,7 @@ class Findings(NamedTuple):
         order: that the planner takes there.
         warm: by which factor efficient attention takes less time there where memory is kept; ``None`` on a GPU.
         kernels: whether the kernels in C that could have served it have been built; ``None`` where none could.
+        slow: whether the processor has no products of this dtype, so that the layers around attention take long in it.
     """
 
     curve: dict[int, float]
@@ -53,6 +55,7 @@ class Findings(NamedTuple):
     order: str
     warm: float | None
     kernels: bool | None = None
+    slow: bool = False
 
 
 def advise(
@@ -97,6 +100,7 @@ def advise(
         order,
         warm,
         _has_kernels(problem),
+        problem.device == "cpu" and problem.dtype == "bfloat16" and not multiplies_bfloat16(),
     )
     for line in in_words(problem, found):
         report(line)
@@ -150,6 +154,11 @@ def in_words(problem: Problem, found: Findings) -> list[str]:
         )
     if found.kernels is False:
         lines.append(f"it runs without its kernels in C, which this machine can have: {_BUILD}")
+    if found.slow:
+        lines.append(
+            f"this processor has no products of {problem.dtype}: efficient attention multiplies in float32, but "
+            "PyTorch's layers, and dot-product attention in training, take many times as long as in float32"
+        )
     return [*lines, _advice(problem, found)]
 
 
