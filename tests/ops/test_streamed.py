@@ -274,4 +274,4 @@ def test_live_bytes_do_not_grow_with_the_positions(dtype, tokens):
     for less, more in zip(*held, strict=True):
         # Of the sums over blocks one more is incomplete at a time.
         assert more <= less + 2 * 64 * 32 * 4 + 1000
-        assert more < 10 << 20
+        assert more < 8 << 20

@@ -353,13 +353,14 @@ def streamed_bytes(
     Pages of ``key_channels`` for each position of a block, in low precision twice, and one number for each head;
     ``contexts`` of each sum over blocks that is not yet complete. Where low precision is multiplied in that of sums,
     there are so many ``copies`` of a block of X instead of a second page. Then, and in the ``backward`` pass, blocks
-    are as long as in the dtype of sums.
+    are as long as in the dtype of sums, and shorter for the copies.
     """
     sums = max(itemsize, 4)
     width = key_channels * (sums if copies else _page_bytes(itemsize))
     fitted = sums if backward or copies else itemsize
-    length = min(block_length(key_channels + channels, fitted), positions)
-    rows = min(maps_per_block(length, key_channels + channels, fitted), batch)
+    together = key_channels + channels * (2 if copies else 1)
+    length = min(block_length(together, fitted), positions)
+    rows = min(maps_per_block(length, together, fitted), batch)
     incomplete = 1 + (-(-positions // max(1, length)) - 1).bit_length()
     partial = contexts * incomplete * key_channels * channels * sums
     return rows * (length * (pages * width + (copies * channels + heads) * sums) + partial)

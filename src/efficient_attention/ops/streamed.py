@@ -29,7 +29,7 @@ from .blocks import Tile, add_weighted, divisor, exponentials, fold, walk
 from .folding import fold_output_backward, fold_values_backward, folded_context, key_slopes
 from .layout import empty_gradient, empty_like
 from .pages import Pages, product
-from .precision import accumulation_dtype, product_dtype
+from .precision import accumulation_dtype, is_widened, product_dtype
 
 Biases = Sequence[Tensor | None]
 
@@ -332,6 +332,8 @@ def _pull_back_softmax_(slope: Tensor, attention: Tensor, free: Tensor, num_head
 def _walk(x: Tensor, key_channels: int, dtype: torch.dtype) -> list[Tile]:
     """Tiles of ``x [B, C, N]``, as long as fit the cache in a dtype: in that of sums where there are many pages."""
     batch, channels, positions = x.shape
+    # Widened, a block of X is there twice and more.
+    channels *= 1 + is_widened(x)
     return walk(batch, 1, positions, key_channels + channels, dtype.itemsize)
 
 
