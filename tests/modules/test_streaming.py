@@ -114,7 +114,7 @@ def test_a_weight_that_is_more_than_a_tensor_does_not_stream():
     class Tagged(torch.Tensor):
         pass
 
-    module, x = official(order="folded"), feature_map()
+    module, x = official(), feature_map()
     streamed, expected = streams(lambda: module(x))
     assert streamed
     module.keys.weight = nn.Parameter(module.keys.weight.detach().as_subclass(Tagged))

@@ -175,9 +175,9 @@ def test_low_precision_is_right_for_every_shape(
     truth = run(reference.module, given, normalization, residual)
     got = run(library.folded, given, normalization, residual, dtype)
     for a, exact in zip((got[0], *got[1]), (truth[0], *truth[1]), strict=True):
-        # The bias of keys has no gradient under softmax.
+        # The bias of keys has no gradient under softmax; that of queries is a sum in which most cancels.
         if exact.norm() > 1e-9 * truth[0].norm():
-            assert relative_error(a, exact) < 8 * torch.finfo(dtype).eps
+            assert relative_error(a, exact) < 16 * torch.finfo(dtype).eps
 
 
 @pytest.mark.usefixtures("bfloat16_products", "short_blocks")
