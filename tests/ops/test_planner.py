@@ -100,6 +100,10 @@ def test_a_streamed_module_takes_contexts_and_pages():
     summary, contexts = 4 * (6 + 4) * 4, 4 * (8 // 2 + 6) * 4  # in float32
     # For each query a page of 4 channels in float32 and in 2 bytes, and a float32 for each head.
     assert costs["folded"].bytes == summary + contexts + 100 * (4 * (4 + 2) + 2 * 4)
+    # Multiplied in float32, that page alone, and a block of 6 channels twice.
+    options = {"itemsize": 2, "streamed": True, "widened": True}
+    wide = module_costs(queries=100, keys=50, **sizes, **options)
+    assert wide["folded"].bytes == summary + contexts + 100 * (4 * 4 + 2 * 6 * 4 + 2 * 4)
     per_position = 4 * (6 + 6)
     folding = 4 * (8 // 2) * (6 + 6)
     assert costs["folded"].multiply_adds == (100 + 50) * per_position + folding
